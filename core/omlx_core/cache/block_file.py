@@ -1,0 +1,326 @@
+"""One block, one file: a safetensors file that proves its own content.
+
+::
+
+    8 bytes   length of the header, little-endian
+    header    JSON: "__metadata__" first, then one entry per tensor; padded with spaces to a multiple of 8
+    data      the tensors' elements, widest element type first, so that each is aligned to its own size
+
+``__metadata__`` starts with ``checksum``: the XXH3-128 of **every other byte of the file**, in order: length, header
+without the checksum's 32 hex digits, data. A changed bit anywhere is therefore a mismatch, in the padding too. The
+file is written directly rather than through ``safetensors.serialize_file``: that one makes a temporary file of its own
+(a second name to clean up after a crash), reports a full disk without an errno, and tells the size only afterwards,
+while the budget must know it before.
+
+Any safetensors reader can open the file; this module's own reader checks more than they do, and never maps the file,
+so that a truncation under way is an error rather than a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import binascii
+import fcntl
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from omlx_core.cache.block_hash import HASH_SIZE_BYTES, BlockHash, NamespaceHash
+from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.errors import BlockFileError, CorruptBlockError
+
+FORMAT_NAME = "omlx-kv-block"
+FORMAT_VERSION = 1
+BLOCK_SUFFIX = ".safetensors"
+
+_MAX_HEADER_BYTES = 16 * 1024**2
+_CHECKSUM_DIGITS = 32
+_HEADER_START = b'{"__metadata__":{"checksum":"'
+_ELEMENT_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockIdentity:
+    """What a block file says about the block in it.
+
+    Attributes:
+        namespace: the root of the block's chain.
+        block_hash: the block's name.
+        parent_hash: the block before it; None for the first one of a chain.
+        depth: number of blocks before it.
+        token_ids: its tokens as little-endian uint32; see `encode_token_ids`.
+    """
+
+    namespace: NamespaceHash
+    block_hash: BlockHash
+    parent_hash: BlockHash | None
+    depth: int
+    token_ids: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """A block file that isn't written yet: its buffers in order, the payload's own memory among them."""
+
+    buffers: tuple[bytes | memoryview, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorEntry:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    raw: bytes
+    identity: BlockIdentity
+    tensors: tuple[_TensorEntry, ...]
+    data_size_bytes: int
+
+
+def encode_token_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32.
+
+    Raises:
+        OverflowError: a token id doesn't fit 32 bits.
+    """
+    tokens = array.array("I", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def encode_block(identity: BlockIdentity, payload: BlockPayload) -> EncodedBlock:
+    """Lay out a block's file in memory, without copying the payload.
+
+    Raises:
+        BlockFileError: a tensor's type isn't known to safetensors, or its bytes don't fill its shape.
+    """
+    ordered = sorted(payload.tensors.items(), key=lambda item: (-_ELEMENT_BYTES.get(item[1].dtype, 0), item[0]))
+    metadata = {
+        "checksum": "0" * _CHECKSUM_DIGITS,
+        "format": FORMAT_NAME,
+        "format_version": str(FORMAT_VERSION),
+        "namespace": identity.namespace.hex(),
+        "block_hash": identity.block_hash.hex(),
+        "parent_hash": identity.parent_hash.hex() if identity.parent_hash is not None else "",
+        "depth": str(identity.depth),
+        "num_tokens": str(len(identity.token_ids) // 4),
+        "token_ids": base64.b64encode(identity.token_ids).decode(),
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in ordered:
+        if _tensor_bytes(tensor.dtype, tensor.shape) != tensor.size_bytes or name in header:
+            raise BlockFileError(
+                f"tensor {name!r} ({tensor.dtype}, shape {tensor.shape}, {tensor.size_bytes} bytes) can't be "
+                f"written: its type must be one of {', '.join(_ELEMENT_BYTES)} and its bytes fill its shape"
+            )
+        start, end = end, end + tensor.size_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise BlockFileError(f"a header of {len(text)} bytes exceeds {_MAX_HEADER_BYTES}: use smaller blocks")
+    data = [tensor.data for _, tensor in ordered]
+    head = len(text).to_bytes(8, "little") + text
+    digits_at = 8 + len(_HEADER_START)
+    head = head[:digits_at] + _checksum(text, data) + head[digits_at + _CHECKSUM_DIGITS :]
+    return EncodedBlock((head, *data), len(head) + end)
+
+
+def write_block_file(path: Path, block: EncodedBlock) -> None:
+    """Write a block to a new file and make its content durable; its name is not (see `sync_directory`).
+
+    Raises:
+        OSError: the file exists, or could not be written in full. A part of it may be left.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        for buffer in block.buffers:
+            file.write(buffer)
+        file.flush()
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes != block.size_bytes:
+            raise BlockFileError(f"{path} has {size_bytes} bytes after writing {block.size_bytes}")
+        sync_file(file.fileno())
+
+
+def read_block_identity(file: io.FileIO) -> BlockIdentity:
+    """Read who a block file says it is, without reading or verifying its data.
+
+    Args:
+        file: the file, open for reading at its start.
+
+    Raises:
+        CorruptBlockError: the header can't be what was written.
+        BlockFileError: it's some other safetensors file, or of a version that this one doesn't know.
+        OSError: the file could not be read.
+    """
+    return _read_header(file).identity
+
+
+def read_block(file: io.FileIO) -> tuple[BlockIdentity, BlockPayload]:
+    """Read a block file and verify every byte of it.
+
+    Args:
+        file: the file, open for reading at its start.
+
+    Returns:
+        The block's identity, for the caller to compare with what it asked for, and its tensors: read-only views of
+        one buffer.
+
+    Raises:
+        CorruptBlockError: the content is not what was written.
+        BlockFileError: it's some other safetensors file, or of a version that this one doesn't know.
+        OSError: the file could not be read.
+    """
+    header = _read_header(file)
+    # Not a bytearray: that would fill the memory with zeros first.
+    buffer = np.empty(header.data_size_bytes, dtype=np.uint8).data
+    _read_into(file, buffer)
+    expected = header.raw[len(_HEADER_START) : len(_HEADER_START) + _CHECKSUM_DIGITS]
+    if _checksum(header.raw, [buffer]) != expected:
+        raise CorruptBlockError("the checksum doesn't match")
+    data = buffer.toreadonly()
+    return header.identity, BlockPayload(
+        {entry.name: BlockTensor(entry.dtype, entry.shape, data[entry.start : entry.end]) for entry in header.tensors}
+    )
+
+
+def sync_file(fd: int) -> None:
+    """Put a file's content on the medium. On macOS plain fsync stops at the drive's cache."""
+    if sys.platform == "darwin":
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError:
+            pass  # not every file system has it
+    os.fsync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def _checksum(header: bytes, data: Sequence[memoryview]) -> bytes:
+    digest = xxhash.xxh3_128(len(header).to_bytes(8, "little"))
+    digest.update(header[: len(_HEADER_START)])
+    digest.update(header[len(_HEADER_START) + _CHECKSUM_DIGITS :])
+    for view in data:
+        digest.update(view)
+    return str(digest.hexdigest()).encode()
+
+
+def _read_into(file: io.FileIO, buffer: memoryview) -> None:
+    # One call as a rule; systems cap a single read near 2 GiB.
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise CorruptBlockError(f"the file ends {len(buffer) - done} bytes early")
+        done += count
+
+
+def _read_header(file: io.FileIO) -> _Header:
+    file_size_bytes = os.fstat(file.fileno()).st_size
+    if file_size_bytes < 8:
+        raise CorruptBlockError(f"{file_size_bytes} bytes are too few for a header")
+    prefix = bytearray(8)
+    _read_into(file, memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    # Before anything is allocated: a length is only believed if the file can hold it.
+    if length > min(_MAX_HEADER_BYTES, file_size_bytes - 8):
+        raise CorruptBlockError(f"a header of {length} bytes in a file of {file_size_bytes} bytes")
+    raw = bytearray(length)
+    _read_into(file, memoryview(raw))
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as exc:
+        raise CorruptBlockError(f"the header is not JSON: {exc}") from exc
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT_NAME:
+        raise BlockFileError(f"not a file of the format {FORMAT_NAME}")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise BlockFileError(f"format version {metadata.get('format_version')!r}, this is {FORMAT_VERSION}")
+    if not raw.startswith(_HEADER_START):
+        raise CorruptBlockError("the header doesn't start with the checksum")
+    try:
+        identity = _parse_identity(metadata)
+        tensors = tuple(_parse_tensor(name, entry) for name, entry in header.items())
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise CorruptBlockError(f"the header is malformed: {exc!r}") from exc
+    end = 0
+    for entry in sorted(tensors, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != end:
+            raise CorruptBlockError(f"tensor {entry.name!r} starts at {entry.start}, not at {end}")
+        end = entry.end
+    if 8 + length + end != file_size_bytes:
+        raise CorruptBlockError(f"{file_size_bytes} bytes, where the header says {8 + length + end}")
+    return _Header(bytes(raw), identity, tensors, end)
+
+
+def _parse_identity(metadata: dict[str, Any]) -> BlockIdentity:
+    try:
+        token_ids = base64.b64decode(metadata["token_ids"], validate=True)
+    except binascii.Error as exc:
+        raise ValueError(f"token_ids: {exc}") from exc
+    if len(token_ids) != 4 * int(metadata["num_tokens"]):
+        raise ValueError(f"{len(token_ids)} bytes of token ids for {metadata['num_tokens']} tokens")
+    depth = int(metadata["depth"])
+    parent = metadata["parent_hash"]
+    if depth < 0 or (depth == 0) != (parent == ""):
+        raise ValueError(f"depth {depth} with parent {parent!r}")
+    return BlockIdentity(
+        namespace=NamespaceHash(_parse_hash(metadata["namespace"])),
+        block_hash=BlockHash(_parse_hash(metadata["block_hash"])),
+        parent_hash=BlockHash(_parse_hash(parent)) if parent else None,
+        depth=depth,
+        token_ids=token_ids,
+    )
+
+
+def _parse_hash(text: str) -> bytes:
+    digest = bytes.fromhex(text)
+    if len(digest) != HASH_SIZE_BYTES:
+        raise ValueError(f"{text!r} is not a hash of {HASH_SIZE_BYTES} bytes")
+    return digest
+
+
+def _parse_tensor(name: str, entry: dict[str, Any]) -> _TensorEntry:
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"tensor {name!r} of shape {shape} at {start}:{end}")
+    if _tensor_bytes(dtype, shape) != end - start:
+        raise ValueError(f"tensor {name!r} of {dtype} and shape {shape} in {end - start} bytes")
+    return _TensorEntry(name, dtype, shape, start, end)
+
+
+def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Size of a tensor in bytes; None for an element type that isn't known."""
+    element_bytes = _ELEMENT_BYTES.get(dtype)
+    return None if element_bytes is None else element_bytes * math.prod(shape)

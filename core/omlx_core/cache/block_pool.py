@@ -1,0 +1,283 @@
+"""The pool of cache blocks: records, reference counts, and the queue that decides who is evicted.
+
+A block is in exactly one of three places:
+
+- *in use*: ``ref_count > 0``; some block table holds it.
+- *cached*: ``ref_count == 0`` and it has a hash; it waits in the free queue, least recently used first, and is
+  found again through the index until it is evicted.
+- *empty*: ``ref_count == 0`` and no hash; the next allocation takes it.
+
+The vocabulary and the queue are vLLM's (``vllm/v1/core/block_pool.py``, PagedAttention, Kwon et al. 2023). Here a
+block is a record of a prefix, not a slot of a fixed tensor, so the pool may grow and its size costs next to nothing.
+Not thread-safe: `PagedCacheManager` holds the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.payload import BlockPayload
+from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
+
+
+@dataclass(slots=True, eq=False)
+class CacheBlock:
+    """One block of at most `block_size` tokens.
+
+    Attributes:
+        block_id: its place in the pool.
+        ref_count: how many block tables hold it. More than one: shared, never written to.
+        num_tokens: tokens in it; less than the block size only in the last block of a table.
+        block_hash: its chain hash, once it is full and its content is in a tier.
+        payload: its tensors if they are in RAM; None while it is empty, partial, or only on SSD.
+    """
+
+    block_id: int
+    ref_count: int = 0
+    num_tokens: int = 0
+    block_hash: BlockHash | None = None
+    payload: BlockPayload | None = None
+    # Links of the free queue; both None outside it.
+    prev_free: CacheBlock | None = field(default=None, repr=False)
+    next_free: CacheBlock | None = field(default=None, repr=False)
+
+
+class FreeKVCacheBlockQueue:
+    """Doubly linked list through the blocks themselves: every operation is O(1), removal from the middle too.
+
+    The front is the least recently used. Blocks of a finished request are appended tip first, so a leaf always
+    stands before its parents and eviction never cuts a chain in the middle.
+    """
+
+    def __init__(self) -> None:
+        self._front = CacheBlock(block_id=-1)
+        self._back = CacheBlock(block_id=-1)
+        self._front.next_free, self._back.prev_free = self._back, self._front
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[CacheBlock]:
+        """From least to most recently used."""
+        block = self._front.next_free
+        while block is not None and block is not self._back:
+            following = block.next_free
+            yield block
+            block = following
+
+    def append(self, block: CacheBlock) -> None:
+        """Add as the most recently used.
+
+        Raises:
+            CacheInvariantError: the block is in the queue already.
+        """
+        if block.prev_free is not None or block.next_free is not None:
+            raise CacheInvariantError(f"block {block.block_id} is in the free queue already")
+        last = self._back.prev_free
+        if last is None:
+            raise CacheInvariantError("the free queue has lost its end")
+        last.next_free = block
+        block.prev_free, block.next_free = last, self._back
+        self._back.prev_free = block
+        self._length += 1
+
+    def remove(self, block: CacheBlock) -> None:
+        """Take a block out, wherever it stands.
+
+        Raises:
+            CacheInvariantError: the block isn't in the queue.
+        """
+        before, after = block.prev_free, block.next_free
+        if before is None or after is None:
+            raise CacheInvariantError(f"block {block.block_id} is not in the free queue")
+        before.next_free, after.prev_free = after, before
+        block.prev_free = block.next_free = None
+        self._length -= 1
+
+    def popleft(self) -> CacheBlock | None:
+        """Take the least recently used block, or None."""
+        block = self._front.next_free
+        if block is None or block is self._back:
+            return None
+        self.remove(block)
+        return block
+
+
+class BlockPool:
+    """Allocates, shares, frees and evicts blocks.
+
+    Args:
+        initial_blocks: records made at once; the pool doubles when it runs out of empty ones.
+        max_blocks: most records; None is no limit, since bytes are bounded elsewhere.
+    """
+
+    def __init__(self, initial_blocks: int, max_blocks: int | None = None) -> None:
+        self._max_blocks = max_blocks
+        self._blocks: list[CacheBlock] = []
+        self._empty: list[CacheBlock] = []
+        self._cached = FreeKVCacheBlockQueue()
+        self._index: dict[BlockHash, CacheBlock] = {}
+        self._hot_bytes = 0
+        self._evictable_bytes = 0
+        self._num_hot = 0
+        self.num_evictions = 0
+        self._grow(initial_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        """Records in the pool."""
+        return len(self._blocks)
+
+    @property
+    def num_empty(self) -> int:
+        """Records that carry nothing."""
+        return len(self._empty)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and that can be found again."""
+        return len(self._cached)
+
+    @property
+    def num_in_use(self) -> int:
+        """Blocks that some table holds."""
+        return len(self._blocks) - len(self._empty) - len(self._cached)
+
+    @property
+    def hot_bytes(self) -> int:
+        """Payload bytes in RAM."""
+        return self._hot_bytes
+
+    @property
+    def evictable_bytes(self) -> int:
+        """Payload bytes in RAM that nobody holds."""
+        return self._evictable_bytes
+
+    @property
+    def num_hot(self) -> int:
+        """Blocks whose payload is in RAM."""
+        return self._num_hot
+
+    def get(self, block_hash: BlockHash) -> CacheBlock | None:
+        """The block of that hash, without taking a reference."""
+        return self._index.get(block_hash)
+
+    def allocate(self) -> CacheBlock:
+        """Take an empty block with one reference, growing the pool or evicting if there is none.
+
+        Raises:
+            BlockPoolExhaustedError: `max_blocks` are all in use.
+        """
+        if not self._empty:
+            self._grow(len(self._blocks))
+        if not self._empty and not self.evict_least_recently_used():
+            raise BlockPoolExhaustedError(
+                f"all {len(self._blocks)} cache blocks are in use: allow more blocks, or run fewer or shorter "
+                "requests at once"
+            )
+        block = self._empty.pop()
+        block.ref_count = 1
+        return block
+
+    def acquire(self, block: CacheBlock) -> None:
+        """Add a reference to a block that is in use or cached."""
+        if block.ref_count == 0:
+            self._cached.remove(block)
+            self._evictable_bytes -= block.payload.size_bytes if block.payload else 0
+        block.ref_count += 1
+
+    def release(self, block: CacheBlock) -> None:
+        """Drop a reference. The last one makes the block cached if it can serve from RAM, else empty.
+
+        Raises:
+            CacheInvariantError: nobody holds the block.
+        """
+        if block.ref_count < 1:
+            raise CacheInvariantError(f"block {block.block_id} is released once too often")
+        block.ref_count -= 1
+        if block.ref_count > 0:
+            return
+        if block.block_hash is not None and block.payload is not None:
+            self._cached.append(block)
+            self._evictable_bytes += block.payload.size_bytes
+        else:
+            # What only the SSD has needs no record here: the next look-up registers it again.
+            self._reset(block)
+
+    def register(self, block: CacheBlock, block_hash: BlockHash) -> None:
+        """Give a block in use its identity, so that others find it.
+
+        Raises:
+            CacheInvariantError: it has one already, or another block has this one.
+        """
+        if block.ref_count < 1 or block.block_hash is not None or block_hash in self._index:
+            raise CacheInvariantError(f"block {block.block_id} can't be registered as {block_hash.hex()}")
+        block.block_hash = block_hash
+        self._index[block_hash] = block
+
+    def attach(self, block: CacheBlock, payload: BlockPayload) -> None:
+        """Put a payload into a block that has none."""
+        if block.payload is not None:
+            raise CacheInvariantError(f"block {block.block_id} has a payload already")
+        block.payload = payload
+        self._hot_bytes += payload.size_bytes
+        self._num_hot += 1
+
+    def evict_least_recently_used(self) -> bool:
+        """Empty the least recently used cached block; False if there is none."""
+        block = self._cached.popleft()
+        if block is None:
+            return False
+        self._evictable_bytes -= block.payload.size_bytes if block.payload else 0
+        self.num_evictions += 1
+        self._reset(block)
+        return True
+
+    def _grow(self, num_blocks: int) -> None:
+        if self._max_blocks is not None:
+            num_blocks = min(num_blocks, self._max_blocks - len(self._blocks))
+        first = len(self._blocks)
+        new = [CacheBlock(block_id=first + i) for i in range(num_blocks)]
+        self._blocks.extend(new)
+        self._empty.extend(reversed(new))
+
+    def _reset(self, block: CacheBlock) -> None:
+        if block.block_hash is not None:
+            del self._index[block.block_hash]
+        if block.payload is not None:
+            self._hot_bytes -= block.payload.size_bytes
+            self._num_hot -= 1
+        block.block_hash = block.payload = None
+        block.num_tokens = 0
+        self._empty.append(block)
+
+    def check(self) -> None:
+        """Verify every invariant of the pool; O(blocks), for tests.
+
+        Raises:
+            CacheInvariantError: naming what is broken.
+        """
+        cached = list(self._cached)
+        hot = [block for block in self._blocks if block.payload is not None]
+        conditions = {
+            "free queue length": len(cached) == len(self._cached),
+            "a cached block is held": all(block.ref_count == 0 for block in cached),
+            "a cached block can't serve": all(block.block_hash and block.payload for block in cached),
+            "an empty block carries something": all(
+                block.ref_count == 0 and block.block_hash is None and block.payload is None for block in self._empty
+            ),
+            "a block is in two places": len({id(block) for block in [*cached, *self._empty]})
+            == len(cached) + len(self._empty),
+            "blocks in use": sum(block.ref_count > 0 for block in self._blocks) == self.num_in_use,
+            "index": {block.block_hash: block for block in self._blocks if block.block_hash} == self._index,
+            "hot bytes": sum(block.payload.size_bytes for block in hot if block.payload) == self._hot_bytes,
+            "evictable bytes": sum(block.payload.size_bytes for block in cached if block.payload)
+            == self._evictable_bytes,
+            "hot blocks": len(hot) == self._num_hot,
+        }
+        broken = [name for name, holds in conditions.items() if not holds]
+        if broken:
+            raise CacheInvariantError(f"block pool: {', '.join(broken)}")

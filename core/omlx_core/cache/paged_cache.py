@@ -1,0 +1,345 @@
+"""The hot tier: which blocks a prefix has, who shares them, and what stays in RAM.
+
+A request owns a `BlockTable`. Its life is: `get_computed_blocks` finds and pins the longest cached prefix;
+`append_tokens` adds the tokens that are computed, allocating blocks; `commit_block` publishes each block that has
+filled; `free_block_table` lets go. `fork_block_table` shares a table, and the first of the two to write into the
+common partial block copies it (copy-on-write).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.block_pool import BlockPool, CacheBlock
+from omlx_core.cache.payload import BlockPayload
+from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
+
+
+class ColdTierIndex(Protocol):
+    """What the hot tier asks of the SSD tier."""
+
+    def has_block(self, block_hash: BlockHash) -> bool:
+        """Whether a block can be read from there. May block briefly; never raises."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class BlockTable:
+    """The blocks that hold one sequence, in order.
+
+    Every block but the last is full. Blocks before `num_committed` are published under their chain hash; the ones
+    after it belong to this sequence alone or to its forks.
+
+    Attributes:
+        extra_keys: what besides tokens is hashed, such as a cache salt.
+        token_ids: the tokens covered by `blocks`.
+        blocks: the blocks, each held by one reference of this table.
+        num_committed: how many leading blocks are published.
+    """
+
+    extra_keys: tuple[str, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
+    blocks: list[CacheBlock] = field(default_factory=list)
+    num_committed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens covered."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class FullBlock:
+    """A block that has filled and waits to be published.
+
+    Attributes:
+        position: its index in the table.
+        block_hash: the chain hash that it will have.
+        parent_hash: the preceding block's hash; None for the first.
+        token_ids: its tokens.
+    """
+
+    position: int
+    block_hash: BlockHash
+    parent_hash: BlockHash | None
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HotCacheStats:
+    """The hot tier at one moment.
+
+    Attributes:
+        num_blocks: block records in the pool.
+        blocks_in_use: held by a running request; a block that eight requests share counts once.
+        blocks_cached: held by nobody, waiting to be found again or evicted.
+        hot_blocks: blocks whose tensors are in RAM.
+        hot_bytes: their size in bytes.
+        evictions: blocks evicted from RAM so far.
+        promotions: blocks brought to RAM from the SSD tier so far.
+        cow_copies: blocks copied on write so far.
+    """
+
+    num_blocks: int
+    blocks_in_use: int
+    blocks_cached: int
+    hot_blocks: int
+    hot_bytes: int
+    evictions: int
+    promotions: int
+    cow_copies: int
+
+
+class PagedCacheManager:
+    """Maps token sequences to shared, reference-counted blocks. Thread-safe; no I/O happens under its lock.
+
+    Args:
+        namespace: root of every chain hash.
+        block_size: tokens per block.
+        initial_blocks: block records made at once.
+        hot_max_bytes: most payload bytes in RAM; None is no limit.
+        max_blocks: most block records; None is no limit.
+        cold: index of the SSD tier, if there is one.
+    """
+
+    def __init__(
+        self,
+        namespace: NamespaceHash,
+        *,
+        block_size: int,
+        initial_blocks: int = 256,
+        hot_max_bytes: int | None = None,
+        max_blocks: int | None = None,
+        cold: ColdTierIndex | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self._namespace = namespace
+        self._hot_max_bytes = hot_max_bytes
+        self._cold = cold
+        self._pool = BlockPool(initial_blocks, max_blocks)
+        self._lock = threading.Lock()
+        self._num_promotions = 0
+        self._num_cow_copies = 0
+
+    def get_computed_blocks(
+        self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = (), *, max_tokens: int | None = None
+    ) -> BlockTable:
+        """Find and hold the longest cached prefix.
+
+        Walks the chain hashes from the root and stops at the first block that neither tier has. A block that only
+        the SSD tier has is registered with its hash and no payload. Each block is held from the moment it is
+        found, so it can't be evicted or replaced before it is used.
+
+        Args:
+            token_ids: the whole sequence.
+            extra_keys: must equal those that the blocks were stored under.
+            max_tokens: reuse no more than this; a prompt needs at least one token left to compute.
+
+        Returns:
+            A table of full, committed blocks: to be given back with `free_block_table`.
+        """
+        limit = len(token_ids) if max_tokens is None else min(max_tokens, len(token_ids))
+        table = BlockTable(extra_keys)
+        reusable = token_ids[: limit - limit % self.block_size]
+        for block_hash in iter_block_hashes(self._namespace, reusable, self.block_size, extra_keys):
+            block = self._acquire(block_hash)
+            if block is None:
+                break
+            table.blocks.append(block)
+        table.num_committed = len(table.blocks)
+        table.token_ids = list(token_ids[: table.num_committed * self.block_size])
+        return table
+
+    def append_tokens(self, table: BlockTable, token_ids: Iterable[int]) -> None:
+        """Add computed tokens to a table, allocating blocks as they fill.
+
+        Raises:
+            BlockPoolExhaustedError: the pool may not grow; the tokens that fitted stay.
+        """
+        with self._lock:
+            for token_id in token_ids:
+                filled = table.num_tokens % self.block_size
+                if filled == 0:
+                    table.blocks.append(self._pool.allocate())
+                elif table.blocks[-1].ref_count > 1:
+                    table.blocks[-1] = self._cow_copy_block(table.blocks[-1])
+                table.token_ids.append(token_id)
+                table.blocks[-1].num_tokens = filled + 1
+
+    def next_full_block(self, table: BlockTable) -> FullBlock | None:
+        """The first block of a table that has filled but isn't published, or None.
+
+        Raises:
+            CacheInvariantError: its parent has no identity.
+        """
+        position = table.num_committed
+        tokens = table.token_ids[position * self.block_size : (position + 1) * self.block_size]
+        if len(tokens) < self.block_size:
+            return None
+        parent = table.blocks[position - 1].block_hash if position else None
+        if position and parent is None:
+            raise CacheInvariantError(f"block {position} is to be published before its parent")
+        block_hash = hash_block(parent or self._namespace, tokens, table.extra_keys)
+        return FullBlock(position, block_hash, parent, tuple(tokens))
+
+    def share_block(self, table: BlockTable, full: FullBlock) -> bool:
+        """Put the block that another sequence has published, if it is in RAM, in place of the table's own.
+
+        Returns:
+            Whether it was there; if so, the table's own block is freed and there is nothing to commit.
+        """
+        with self._lock:
+            published = self._pool.get(full.block_hash)
+            if published is None or published.payload is None:
+                return False
+            self._publish(table, full, published)
+            return True
+
+    def commit_block(
+        self, table: BlockTable, full: FullBlock, payload: BlockPayload, *, in_cold_tier: bool = False
+    ) -> bool:
+        """Publish a block that has filled, with its content.
+
+        Args:
+            table: the table that the block is in.
+            full: what `next_full_block` said of it.
+            payload: its tensors.
+            in_cold_tier: the SSD tier has them or is about to, so that the block may be published without RAM.
+
+        Returns:
+            Whether it is published. False: no tier has room now, and nothing has changed.
+        """
+        with self._lock:
+            published = self._pool.get(full.block_hash)
+            is_safe = in_cold_tier or (published is not None and published.payload is not None)
+            if not is_safe and not self._make_room(payload.size_bytes):
+                return False
+            # Held from here on, so that making room can't evict the very block that it is made for.
+            block = self._publish(table, full, published)
+            if block.payload is None and self._make_room(payload.size_bytes):
+                self._pool.attach(block, payload)
+            return True
+
+    def promote(self, block: CacheBlock, payload: BlockPayload) -> None:
+        """Keep in RAM what was read from the SSD tier, if there is room for it."""
+        with self._lock:
+            if block.block_hash is not None and block.payload is None and self._make_room(payload.size_bytes):
+                self._pool.attach(block, payload)
+                self._num_promotions += 1
+
+    def truncate(self, table: BlockTable, num_blocks: int) -> None:
+        """Let go of all blocks of a table but the first `num_blocks`, whose content turned out to be gone."""
+        with self._lock:
+            for block in reversed(table.blocks[num_blocks:]):
+                self._pool.release(block)
+        del table.blocks[num_blocks:]
+        del table.token_ids[num_blocks * self.block_size :]
+        table.num_committed = min(table.num_committed, num_blocks)
+
+    def fork_block_table(self, table: BlockTable) -> BlockTable:
+        """A second table over the same blocks, sharing the partial last one until either writes to it."""
+        with self._lock:
+            for block in table.blocks:
+                self._pool.acquire(block)
+        return BlockTable(
+            table.extra_keys, list(table.token_ids), list(table.blocks), num_committed=table.num_committed
+        )
+
+    def free_block_table(self, table: BlockTable) -> None:
+        """Drop a table's references, tip first, so that leaves are evicted before the trunk. Idempotent."""
+        with self._lock:
+            for block in reversed(table.blocks):
+                self._pool.release(block)
+        table.blocks.clear()
+        table.token_ids.clear()
+        table.num_committed = 0
+
+    def stats(self) -> HotCacheStats:
+        """Counters and sizes at this moment."""
+        with self._lock:
+            return HotCacheStats(
+                num_blocks=self._pool.num_blocks,
+                blocks_in_use=self._pool.num_in_use,
+                blocks_cached=self._pool.num_cached,
+                hot_blocks=self._pool.num_hot,
+                hot_bytes=self._pool.hot_bytes,
+                evictions=self._pool.num_evictions,
+                promotions=self._num_promotions,
+                cow_copies=self._num_cow_copies,
+            )
+
+    def check(self) -> None:
+        """Verify the pool's invariants and the budget; for tests.
+
+        Raises:
+            CacheInvariantError: naming what is broken.
+        """
+        with self._lock:
+            self._pool.check()
+            if self._hot_max_bytes is not None and self._pool.hot_bytes > self._hot_max_bytes:
+                raise CacheInvariantError(f"{self._pool.hot_bytes} bytes in RAM of {self._hot_max_bytes}")
+
+    def _acquire(self, block_hash: BlockHash) -> CacheBlock | None:
+        with self._lock:
+            block = self._pool.get(block_hash)
+            if block is not None:
+                self._pool.acquire(block)
+                return block
+        if self._cold is None or not self._cold.has_block(block_hash):
+            return None
+        with self._lock:
+            # Another thread may have registered it while the lock was free.
+            block = self._pool.get(block_hash)
+            if block is not None:
+                self._pool.acquire(block)
+                return block
+            try:
+                block = self._pool.allocate()
+            except BlockPoolExhaustedError:
+                return None
+            block.num_tokens = self.block_size
+            self._pool.register(block, block_hash)
+            return block
+
+    def _publish(self, table: BlockTable, full: FullBlock, published: CacheBlock | None) -> CacheBlock:
+        """Register the table's own block, or put the one that is published already in its place."""
+        if full.position != table.num_committed:
+            raise CacheInvariantError(
+                f"block {full.position} can't be published: it is the turn of block {table.num_committed}"
+            )
+        own = table.blocks[full.position]
+        if published is None:
+            self._pool.register(own, full.block_hash)
+        elif published is not own:  # own: a fork of this table has published it
+            self._pool.acquire(published)
+            table.blocks[full.position] = published
+            self._pool.release(own)
+        table.num_committed = full.position + 1
+        return table.blocks[full.position]
+
+    def _cow_copy_block(self, shared: CacheBlock) -> CacheBlock:
+        """Give the caller's table a block of its own in place of a shared partial one; the lock is held.
+
+        A partial block has no payload (its keys and values are still in the request's own cache), so the copy is
+        a fresh record of as many tokens and one reference less on the original.
+        """
+        copy = self._pool.allocate()
+        copy.num_tokens = shared.num_tokens
+        self._pool.release(shared)
+        self._num_cow_copies += 1
+        return copy
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evict until `size_bytes` more fit; False, and nothing is evicted, if they can't. The lock is held."""
+        if self._hot_max_bytes is None:
+            return True
+        if self._pool.hot_bytes - self._pool.evictable_bytes + size_bytes > self._hot_max_bytes:
+            return False
+        while self._pool.hot_bytes + size_bytes > self._hot_max_bytes:
+            if not self._pool.evict_least_recently_used():
+                return False
+        return True

@@ -1,0 +1,203 @@
+"""Where the files of the cold tier are, and how to find them all again without the index.
+
+::
+
+    index.sqlite3                    the catalogue of everything below
+    <namespace>/namespace.json       what the namespace stands for, for people
+    <namespace>/<hh>/<hash>.safetensors       one block; hh are the first two digits of its hash
+    <namespace>/<hh>/<hash>.<owner>.tmp       a block that <owner> is writing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from omlx_core.cache.block_file import BLOCK_SUFFIX, read_block_identity, sync_directory
+from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.errors import CacheDirectoryError
+
+logger = logging.getLogger(__name__)
+
+EVICTED = ""  # the owner of an evicted file that waits for its removal
+
+_HASH_NAME = re.compile("[0-9a-f]{64}")
+_TEMPORARY_NAME = re.compile(r"(?P<hash>[0-9a-f]{64})\.(?P<owner>[0-9a-f]+-[0-9]+-[0-9a-f]+)\.tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One published block.
+
+    Attributes:
+        depth: number of blocks before it in its chain.
+        size_bytes: size of its file.
+        created_s: when it was written, in seconds since the epoch; for people only.
+        last_used: value of the logical clock when it was last used.
+    """
+
+    namespace: NamespaceHash
+    block_hash: BlockHash
+    parent_hash: BlockHash | None
+    depth: int
+    size_bytes: int
+    created_s: float
+    last_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnpublishedFile:
+    """A file that counts towards the budget without being a block.
+
+    Attributes:
+        owner: who is writing it; empty for an evicted block that waits for its removal.
+    """
+
+    namespace: NamespaceHash
+    block_hash: BlockHash
+    owner: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryFiles:
+    """All files of a cache folder: what its index would hold, had it not been lost."""
+
+    entries: list[IndexEntry]
+    unpublished: list[UnpublishedFile]
+
+
+def namespace_folder(directory: Path, namespace: NamespaceHash) -> Path:
+    """The folder of one namespace."""
+    return directory / namespace.hex()
+
+
+def block_path(directory: Path, namespace: NamespaceHash, block_hash: BlockHash) -> Path:
+    """Where a block's file is; 256 folders per namespace keep each of them short."""
+    name = block_hash.hex()
+    return namespace_folder(directory, namespace) / name[:2] / f"{name}{BLOCK_SUFFIX}"
+
+
+def temporary_path(directory: Path, namespace: NamespaceHash, block_hash: BlockHash, owner: str) -> Path:
+    """Where a block's file is while `owner` writes it: beside its final place, for an atomic rename."""
+    return block_path(directory, namespace, block_hash).with_name(f"{block_hash.hex()}.{owner}.tmp")
+
+
+def make_folder(path: Path) -> bool:
+    """Create a folder for the owner's eyes only; False if it is there already."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def prepare_directory(directory: Path, namespace: NamespaceHash, description: Mapping[str, Any]) -> None:
+    """Create the cache's folder and a namespace's in it, for their owner only.
+
+    Raises:
+        CacheDirectoryError: that isn't possible, or others may write to one of them.
+    """
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    folder = namespace_folder(directory, namespace)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if make_folder(folder):
+            sync_directory(directory)
+        for path in (directory, folder):
+            mode = path.stat().st_mode
+            if mode & 0o022:
+                raise CacheDirectoryError(
+                    f"the cache folder {str(path)!r} has mode {mode & 0o7777:o}: others could plant blocks in it. "
+                    f"Use a folder of your own, or run: chmod go-w {str(path)!r}"
+                )
+        if not (folder / "namespace.json").exists():
+            temporary = folder / f"namespace.json.{os.getpid()}-{threading.get_ident()}.tmp"
+            temporary.touch(mode=0o600)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(folder / "namespace.json")
+    except CacheDirectoryError:
+        raise
+    except OSError as exc:
+        raise CacheDirectoryError(
+            f"the cache folder {str(directory)!r} can't be used ({exc.strerror or exc}): name a folder that you may "
+            "write to, or leave out paged_ssd_cache_dir to cache in RAM only"
+        ) from exc
+
+
+def scan_directory(directory: Path) -> DirectoryFiles:
+    """Find every block and every temporary file by the headers and names of the files, with a progress bar.
+
+    When a block was last used went with the index; when it was written is the next best. No parent is stamped older
+    than its descendants, so leaves still leave first. What isn't a block of this version is left alone.
+    """
+    paths = list(_paths_like(directory, f"*{BLOCK_SUFFIX}"))
+    found = {}
+    for path in tqdm(paths, desc="Rebuilding the cache index", unit="block", disable=None):
+        entry = _entry_from_file(path)
+        if entry is not None:
+            found[entry.namespace, entry.block_hash] = entry
+    if len(found) < len(paths):
+        logger.warning("%d files in %s are not blocks and left alone", len(paths) - len(found), directory)
+    return DirectoryFiles(_stamped(found.values()), list(_temporary_files(directory)))
+
+
+def _paths_like(directory: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in directory.glob(f"*/??/{pattern}") if _HASH_NAME.fullmatch(path.parts[-3]))
+
+
+def _entry_from_file(path: Path) -> IndexEntry | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            identity = read_block_identity(file)
+    except OSError as exc:
+        logger.debug("%s: %s", path, exc)
+        return None
+    if (identity.namespace.hex(), identity.block_hash.hex()) != (path.parts[-3], path.stem):
+        return None
+    return IndexEntry(
+        identity.namespace,
+        identity.block_hash,
+        identity.parent_hash,
+        identity.depth,
+        size_bytes=status.st_size,
+        created_s=status.st_mtime,
+        last_used=0,
+    )
+
+
+def _stamped(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
+    deepest_first = sorted(entries, key=lambda entry: -entry.depth)
+    used_s = {(entry.namespace, entry.block_hash): entry.created_s for entry in deepest_first}
+    for entry in deepest_first:
+        if entry.parent_hash is not None and (entry.namespace, entry.parent_hash) in used_s:
+            parent = (entry.namespace, entry.parent_hash)
+            used_s[parent] = max(used_s[parent], used_s[entry.namespace, entry.block_hash])
+    rank = {seconds: number for number, seconds in enumerate(sorted(set(used_s.values())), start=1)}
+    return [
+        replace(entry, last_used=rank[used_s[entry.namespace, entry.block_hash]]) for entry in reversed(deepest_first)
+    ]
+
+
+def _temporary_files(directory: Path) -> Iterator[UnpublishedFile]:
+    for path in _paths_like(directory, "*.tmp"):
+        match = _TEMPORARY_NAME.fullmatch(path.name)
+        if match is not None:
+            with contextlib.suppress(FileNotFoundError):
+                yield UnpublishedFile(
+                    NamespaceHash(bytes.fromhex(path.parts[-3])),
+                    BlockHash(bytes.fromhex(match["hash"])),
+                    match["owner"],
+                    path.stat().st_size,
+                )

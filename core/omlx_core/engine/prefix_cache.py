@@ -1,0 +1,69 @@
+"""Puts the prefix cache of one model together. Runs on the MLX thread, once, after the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+
+import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
+
+from mlx_lm.models.cache import make_prompt_cache
+
+from omlx_core.cache.block_hash import hash_namespace
+from omlx_core.cache.paged_cache import PagedCacheManager
+from omlx_core.cache.ssd_cache import PagedSSDCacheManager
+from omlx_core.cache.tiered_cache import TieredCache
+from omlx_core.errors import ModelLoadError
+from omlx_core.model.fingerprint import describe_namespace
+from omlx_core.model.loading import LoadedModel
+from omlx_core.settings import CacheSettings
+from omlx_core.state.prompt_state import PromptStateCodec, UnsupportedLayerError
+
+logger = logging.getLogger(__name__)
+
+
+def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[TieredCache, PromptStateCodec | None]:
+    """Open both tiers for a model.
+
+    Returns:
+        The cache, and how the model's state is cut into blocks. No codec means that the model runs uncached, because
+        the settings say so or because a layer's cache class is unknown; the latter is said once in the log.
+
+    Raises:
+        CacheDirectoryError: the SSD tier's folder can't be used.
+        ModelLoadError: mlx-lm can't batch the model's caches.
+    """
+    template = make_prompt_cache(loaded.model)
+    unbatchable = sorted({type(layer).__name__ for layer in template if not hasattr(layer, "merge")})
+    if unbatchable:
+        raise ModelLoadError(f"{loaded.name}: mlx-lm can't batch caches of class {', '.join(unbatchable)}")
+    codec = None
+    if not settings.no_cache:
+        try:
+            codec = PromptStateCodec(template)
+        except UnsupportedLayerError as exc:
+            logger.warning("%s runs without a prefix cache: no way to cut %s into blocks", loaded.name, exc)
+    description = describe_namespace(
+        loaded.model,
+        tokenizer=loaded.tokenizer,
+        name=loaded.name,
+        config=loaded.config,
+        adapter_path=loaded.adapter_path,
+        block_size=settings.block_size,
+        layer_layout=codec.layout if codec else [],
+    )
+    namespace = hash_namespace(description)
+    ssd = None
+    location = settings.prepare_ssd_cache_dir() if codec else None
+    if location is not None:
+        directory, max_size_bytes = location
+        ssd = PagedSSDCacheManager(
+            directory, max_size_bytes=max_size_bytes, namespace=namespace, description=description
+        )
+    paged = PagedCacheManager(
+        namespace,
+        block_size=settings.block_size,
+        initial_blocks=settings.initial_cache_blocks,
+        hot_max_bytes=settings.hot_cache_max_bytes,
+        cold=ssd,
+    )
+    return TieredCache(paged, ssd), codec

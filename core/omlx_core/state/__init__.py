@@ -1,0 +1,1 @@
+"""How a model's layer caches become block payloads, and back."""

@@ -1,0 +1,148 @@
+"""What the adapters have in common: the model's fields, its engine, and the options of a request."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from omlx_core import CacheSettings, GenerationParams, GenerationResult
+from omlx_core.engine import shared
+from omlx_core.engine.params import GenerationOptions
+from omlx_core.errors import InvalidPromptError, UnknownParameterError
+
+if TYPE_CHECKING:
+    from omlx_core import Engine
+else:
+    Engine = Any  # pydantic reads the annotation, and the class itself would import MLX
+
+PathText = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]
+"""A string field that takes paths too."""
+
+_OPTIONS = tuple(GenerationOptions.__annotations__)
+
+
+class BaseOMLX(BaseModel):
+    """A local model, as fields of a framework's class.
+
+    Making one is cheap. The model is loaded by the first request, into an engine which everything in the process
+    that names the same model and cache shares.
+
+    Attributes:
+        model: a folder or a repository id.
+        adapter_path: a folder with LoRA weights.
+        kv_cache: how prefixes are cached; None reads the ``OMLX_*`` environment variables.
+        engine: an engine to use instead of a shared one; whoever made it closes it.
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1]; 1 is off.
+        top_k: most likely tokens to choose from; 0 is off.
+        min_p: least probability relative to the likeliest token, in [0, 1]; 0 is off.
+        seed: makes sampling repeatable.
+        stop: texts that end the answer, themselves not part of it.
+        logprobs: return the log-probability of each generated token.
+        cache_salt: requests of different salt never share a cached prefix.
+
+    Raises:
+        UnknownParameterError: a keyword that isn't a field.
+        InvalidParameterError: an option out of its range.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: PathText
+    adapter_path: PathText | None = None
+    kv_cache: CacheSettings | None = None
+    engine: Engine | None = Field(default=None, exclude=True, repr=False)
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    logprobs: bool = False
+    cache_salt: str | None = None
+
+    _ignored_keywords: ClassVar[frozenset[str]] = frozenset()
+    """Keywords that a framework's users pass to any model and that mean nothing for a local one."""
+
+    # The type checker keeps the signature that it derives from the fields.
+    if not TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **values: Any) -> None:
+            known = type(self).model_fields
+            aliases = {field.alias for field in known.values()}
+            for name in list(values):
+                if name in type(self)._ignored_keywords:
+                    del values[name]
+                elif name not in known and name not in aliases:
+                    close = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {close[0]!r}? " if close else ""
+                    raise UnknownParameterError(
+                        f"unknown parameter {name!r}: {hint}there are {', '.join(BaseOMLX.model_fields)} and the "
+                        "framework's own"
+                    )
+            GenerationParams.from_options({name: values[name] for name in _OPTIONS if name in values})
+            if values.get("engine") is not None:
+                values.setdefault("model", values["engine"].name)
+            super().__init__(*args, **values)
+
+    def get_engine(self) -> Engine:
+        """The engine behind this model; loads the model on first use, which blocks."""
+        if self.engine is not None:
+            return self.engine
+        return shared.get_shared_engine(self.model, self.adapter_path, self.kv_cache)
+
+    async def aget_engine(self) -> Engine:
+        """As `get_engine`; a load runs on a thread and leaves the event loop free."""
+        if self.engine is not None:
+            return self.engine
+        return await shared.aget_shared_engine(self.model, self.adapter_path, self.kv_cache)
+
+    def generation_options(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """This model's options for one request, with a call's own keywords on top.
+
+        Raises:
+            UnknownParameterError: an override that isn't an option.
+            InvalidParameterError: a value out of its range.
+        """
+        options = {name: getattr(self, name) for name in _OPTIONS} | dict(overrides or {})
+        GenerationParams.from_options(options)  # a bad one is named before the model is loaded
+        return options
+
+
+def reuse_metadata(result: GenerationResult) -> dict[str, int | float]:
+    """What the cache did for a request, for an adapter's metadata; times in seconds."""
+    return {
+        "cached_tokens_hot": result.usage.cached_tokens_hot,
+        "cached_tokens_cold": result.usage.cached_tokens_cold,
+        "ttft_s": result.ttft_s,
+    }
+
+
+def token_texts(engine: Engine, token_ids: list[int]) -> list[str]:
+    """The text of each token; a token that is part of a character reads as U+FFFD.
+
+    Raises:
+        InvalidPromptError: the engine has no tokenizer.
+    """
+    tokenizer = require_tokenizer(engine)
+    return [tokenizer.decode([token_id]) for token_id in token_ids]
+
+
+def require_tokenizer(engine: Engine) -> Any:
+    """The engine's tokenizer.
+
+    Raises:
+        InvalidPromptError: it was made without one.
+    """
+    if engine.tokenizer is None:
+        raise InvalidPromptError(
+            f"the engine {engine.name!r} has no tokenizer, so it takes token ids only: make it with "
+            "Engine(model, tokenizer=…)"
+        )
+    return engine.tokenizer

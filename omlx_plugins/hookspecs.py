@@ -1,0 +1,30 @@
+"""The hooks that a plugin may implement.
+
+A plugin is a module (or an object) that an entry point of the group ``omlx`` names. Hooks may gain arguments;
+an implementation takes those that it wants.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pluggy
+
+hookspec = pluggy.HookspecMarker("omlx")
+hookimpl = pluggy.HookimplMarker("omlx")
+
+
+class RegisterAdapter(Protocol):
+    """What `omlx_register_adapters` calls, once for each adapter."""
+
+    def __call__(self, name: str, target: str, *, description: str = "") -> None:
+        """Register ``"package.module:attribute"`` under a name; it is imported on first use."""
+
+
+@hookspec
+def omlx_register_adapters(register: RegisterAdapter) -> None:
+    """Register the language model classes of a framework.
+
+    The target is what `omlx_plugins.get_llm` calls with the user's keyword arguments. Keep the framework's import
+    out of the plugin's own module: every process that lists the adapters imports that one.
+    """

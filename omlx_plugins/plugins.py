@@ -1,0 +1,150 @@
+"""Finding plugins and the adapters that they register.
+
+One broken plugin must not take the others down: each is imported, checked and called on its own, and what fails is
+named in a `PluginWarning` and left out. (`pluggy.PluginManager.load_setuptools_entrypoints` stops at the first.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import re
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from omlx_core.errors import MissingDependencyError, UnknownPluginError
+from omlx_plugins import hookspecs
+
+ENTRY_POINT_GROUP = "omlx"
+
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+class PluginWarning(UserWarning):
+    """A plugin, or an adapter of one, was left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A language model class that `get_llm` can make.
+
+    Attributes:
+        name: what `get_llm` finds it by.
+        target: ``"package.module:attribute"``, imported on first use.
+        description: one line for people.
+        plugin: the entry point that registered it.
+    """
+
+    name: str
+    target: str
+    description: str
+    plugin: str
+
+    def load(self) -> Any:
+        """Import the target.
+
+        Raises:
+            MissingDependencyError: a package that it imports isn't installed.
+            UnknownPluginError: its module has no such attribute.
+        """
+        module_name, _, attribute = self.target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+            return getattr(module, attribute)
+        except ModuleNotFoundError as exc:
+            raise MissingDependencyError(
+                f"the adapter {self.name!r} ({self.target}) needs the module {exc.name!r}, which isn't installed: "
+                f"install what the plugin {self.plugin!r} requires"
+            ) from exc
+        except AttributeError as exc:
+            raise UnknownPluginError(
+                f"the plugin {self.plugin!r} registered {self.target!r} as {self.name!r}, which doesn't exist "
+                f"({exc}): update that plugin or uninstall it"
+            ) from exc
+
+
+def list_adapters() -> list[Adapter]:
+    """Every registered adapter, by name. The search runs once in a process and imports no framework."""
+    return sorted(_discover().values(), key=lambda adapter: adapter.name)
+
+
+def get_llm(adapter: str, **kwargs: Any) -> Any:
+    """Make a framework's language model: ``get_llm("langchain", model="path or repo id", temperature=0.7)``.
+
+    Args:
+        adapter: a name from `list_adapters`.
+        **kwargs: for the adapter's class: `model` and what else it documents.
+
+    Raises:
+        UnknownPluginError: no adapter has that name.
+        MissingDependencyError: the framework isn't installed.
+    """
+    adapters = _discover()
+    if adapter not in adapters:
+        close = difflib.get_close_matches(adapter, adapters, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(sorted(adapters)) or "none, because no plugin is installed"
+        raise UnknownPluginError(f"there is no adapter {adapter!r}: {hint}there are {known}")
+    return adapters[adapter].load()(**kwargs)
+
+
+@functools.cache
+def _discover() -> dict[str, Adapter]:
+    """The adapters of all entry points.
+
+    Of two adapters of one name the first counts: this distribution's own, then in the order of the plugins' names,
+    so that installing a plugin never replaces a built-in and the outcome doesn't depend on the file system.
+    """
+    adapters: dict[str, Adapter] = {}
+    for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_discovery_order):
+        plugin = _plugin_name(entry_point)
+        try:
+            registered = _registered_adapters(entry_point, plugin)
+        except Exception as exc:
+            reason = " ".join(f"{type(exc).__name__}: {exc}".split())
+            _warn(f"the plugin {plugin!r} ({entry_point.value}) is left out: {reason}")
+            continue
+        for adapter in registered:
+            first = adapters.setdefault(adapter.name, adapter)
+            if first is not adapter:
+                _warn(
+                    f"the adapter {adapter.name!r} of the plugin {plugin!r} is left out: {first.plugin!r} "
+                    "registered that name first"
+                )
+    return adapters
+
+
+def _registered_adapters(entry_point: EntryPoint, plugin: str) -> list[Adapter]:
+    """Import one plugin, check its hooks and call them; nothing of a plugin that fails on the way remains."""
+    manager = pluggy.PluginManager("omlx")  # of its own: `check_pending` and the call then concern this plugin only
+    manager.add_hookspecs(hookspecs)
+    manager.register(entry_point.load(), plugin)
+    manager.check_pending()  # without it, pluggy passes over a misspelled hook in silence
+
+    adapters: list[Adapter] = []
+
+    def register(name: str, target: str, *, description: str = "") -> None:
+        if not _TARGET.fullmatch(target):
+            raise ValueError(f"the target {target!r} of {name!r} is not of the form 'package.module:attribute'")
+        adapters.append(Adapter(name, target, description, plugin))
+
+    manager.hook.omlx_register_adapters(register=register)
+    return adapters
+
+
+def _plugin_name(entry_point: EntryPoint) -> str:
+    distribution = entry_point.dist.name if entry_point.dist else "unknown distribution"
+    return f"{distribution}: {entry_point.name}"
+
+
+def _discovery_order(entry_point: EntryPoint) -> tuple[bool, str]:
+    return entry_point.module.partition(".")[0] != __package__, _plugin_name(entry_point)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PluginWarning, stacklevel=4)

@@ -1,0 +1,606 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
+from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
+from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
+from omlx_core.cache.tiered_cache import PendingRestore, TieredCache
+
+NAMESPACE = hash_namespace({"model": "tiny"})
+BLOCK_SIZE = 2
+BLOCK_BYTES = 32
+WAIT_S = 30.0
+
+
+class FakeColdTier:
+    """An SSD tier in memory that fails and stalls when told to; like the real one, it drops orphans silently."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[BlockHash, tuple[tuple[int, ...], BlockPayload]] = {}
+        self.saved: list[BlockHash] = []
+        self.touched: list[list[BlockHash]] = []
+        self.unreadable: set[BlockHash] = set()
+        self.refused: set[BlockHash] = set()
+        self.gates: dict[BlockHash, threading.Event] = {}
+        self.reading: dict[BlockHash, threading.Event] = {}
+        self.num_flushes = self.num_closes = 0
+
+    def has_block(self, block_hash: BlockHash) -> bool:
+        return block_hash in self.blocks
+
+    def save_block(
+        self, block_hash: BlockHash, parent_hash: BlockHash | None, token_ids: Sequence[int], payload: BlockPayload
+    ) -> bool:
+        if block_hash in self.refused:
+            return False
+        self.saved.append(block_hash)
+        if parent_hash is None or parent_hash in self.blocks:
+            self.blocks[block_hash] = tuple(token_ids), payload
+        return True
+
+    def load_block(self, block_hash: BlockHash, token_ids: Sequence[int]) -> BlockPayload | None:
+        if block_hash in self.reading:
+            self.reading[block_hash].set()
+        if block_hash in self.gates:
+            assert self.gates[block_hash].wait(WAIT_S)
+        if block_hash in self.unreadable:
+            del self.blocks[block_hash]
+            return None
+        stored_ids, payload = self.blocks[block_hash]
+        return payload if stored_ids == tuple(token_ids) else None
+
+    def touch(self, block_hashes: Sequence[BlockHash]) -> None:
+        self.touched.append(list(block_hashes))
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        self.num_flushes += 1
+        return timeout_s != 0
+
+    def stats(self) -> SSDCacheStats:
+        return SSDCacheStats(num_blocks=len(self.blocks))
+
+    def close(self) -> None:
+        self.num_closes += 1
+
+
+def content_of(token_ids: Sequence[int]) -> bytes:
+    """What the block that ends with these tokens holds."""
+    return bytes(token_ids).rjust(BLOCK_BYTES, b"\0")
+
+
+def payload_of(token_ids: Sequence[int]) -> BlockPayload:
+    return BlockPayload({"kv": BlockTensor("U8", (BLOCK_BYTES,), memoryview(content_of(token_ids)))})
+
+
+def hashes_of(token_ids: Sequence[int], extra_keys: Sequence[str] = ()) -> list[BlockHash]:
+    return list(iter_block_hashes(NAMESPACE, token_ids, BLOCK_SIZE, extra_keys))
+
+
+def make_cache(cold: FakeColdTier | PagedSSDCacheManager | None = None, hot_blocks: int | None = None) -> TieredCache:
+    ssd = cast("PagedSSDCacheManager | None", cold)
+    hot_max_bytes = None if hot_blocks is None else hot_blocks * BLOCK_BYTES
+    paged = PagedCacheManager(NAMESPACE, block_size=BLOCK_SIZE, initial_blocks=4, hot_max_bytes=hot_max_bytes, cold=ssd)
+    return TieredCache(paged, ssd)
+
+
+@dataclass
+class Request:
+    """A request as the engine runs it: its token ids stand in for its keys and values."""
+
+    cache: TieredCache
+    prompt: list[int]
+    table: BlockTable
+    captured: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, cache: TieredCache, prompt: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Request:
+        pending = cache.match(prompt, extra_keys)
+        payloads = cache.finish_restore(pending, len(prompt))
+        assert [bytes(payload.tensors["kv"].data) for payload in payloads] == [
+            content_of(prompt[:stop]) for stop in range(BLOCK_SIZE, pending.table.num_tokens + 1, BLOCK_SIZE)
+        ]
+        cache.promote(pending.table, payloads)
+        return cls(cache, list(prompt), pending.table)
+
+    @property
+    def num_cached(self) -> int:
+        return self.table.num_tokens
+
+    def compute(self, num_tokens: int | None = None) -> None:
+        start = self.table.num_tokens
+        stop = len(self.prompt) if num_tokens is None else start + num_tokens
+        self.cache.append_tokens(self.table, self.prompt[start:stop])
+
+    def store(self) -> None:
+        self.cache.store(self.table, self._capture)
+
+    def _capture(self, ranges: Sequence[tuple[int, int]]) -> list[BlockPayload]:
+        assert ranges
+        self.captured.extend(ranges)
+        return [payload_of(self.prompt[:stop]) for _, stop in ranges]
+
+
+def run(cache: TieredCache, prompt: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Request:
+    """A request with all it has published, still holding its blocks."""
+    request = Request.start(cache, prompt, extra_keys)
+    request.compute()
+    request.store()
+    return request
+
+
+def serve(cache: TieredCache, prompt: Sequence[int], extra_keys: tuple[str, ...] = ()) -> int:
+    """A whole request; how many of its tokens were cached."""
+    request = Request.start(cache, prompt, extra_keys)
+    num_cached = request.num_cached
+    request.compute()
+    request.store()
+    cache.release(request.table)
+    cache.check()
+    return num_cached
+
+
+def restart(cold: FakeColdTier, hot_blocks: int | None = None) -> TieredCache:
+    """A new process on the same SSD tier."""
+    cold.saved.clear()
+    cold.touched.clear()
+    return make_cache(cold, hot_blocks)
+
+
+@pytest.fixture
+def cold() -> FakeColdTier:
+    return FakeColdTier()
+
+
+# Match and restore.
+
+
+def test_a_prefix_is_served_from_ram(cold: FakeColdTier) -> None:
+    cache = make_cache()
+    assert serve(cache, [1, 2, 3, 4, 5]) == 0
+    assert serve(cache, [1, 2, 3, 4, 6]) == 4
+    stats = cache.stats()
+    assert (stats.matched_tokens_hot, stats.matched_tokens_cold, stats.missed_tokens) == (4, 0, 5 + 1)
+    assert (stats.cold, stats.lost_blocks) == (None, 0)
+
+
+def test_a_prefix_is_served_from_ssd_after_a_restart(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    cache = restart(cold)
+    assert serve(cache, [1, 2, 3, 4, 6]) == 4
+    stats = cache.stats()
+    assert (stats.matched_tokens_hot, stats.matched_tokens_cold, stats.missed_tokens) == (0, 4, 1)
+    assert stats.cold is not None
+    assert stats.cold.num_blocks == 2
+
+
+def test_a_match_leaves_a_token_to_compute(cold: FakeColdTier) -> None:
+    cache = make_cache()
+    serve(cache, [1, 2, 3, 4])
+    assert serve(cache, [1, 2, 3, 4]) == 2
+
+
+def test_another_salt_shares_nothing_in_either_tier(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3], extra_keys=("salt:a",))
+    assert serve(cache, [1, 2, 3]) == 0
+    assert serve(cache, [1, 2, 3], extra_keys=("salt:a",)) == 2
+
+
+def test_ram_and_ssd_hits_are_told_apart(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5, 6])
+    cache = restart(cold, hot_blocks=1)
+    serve(cache, [1, 2, 9])
+    pending = cache.match([1, 2, 3, 4, 5, 6, 7])
+    assert pending.num_hot_blocks == 1
+    assert len(cache.finish_restore(pending, num_prompt_tokens=7)) == 3
+    stats = cache.stats()
+    assert (stats.matched_tokens_hot, stats.matched_tokens_cold) == (2, 2 + 4)
+
+
+def test_a_restore_is_ready_when_its_last_read_is(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    first, second = hashes_of([1, 2, 3, 4])
+    cold.gates = {first: threading.Event(), second: threading.Event()}
+    cache = restart(cold)
+    pending = cache.match([1, 2, 3, 4, 5])
+    woken = threading.Semaphore(0)
+    pending.notify(woken.release)
+    assert not pending.is_ready()
+    cold.gates[second].set()
+    assert woken.acquire(timeout=WAIT_S)
+    assert not pending.is_ready()
+    cold.gates[first].set()
+    assert woken.acquire(timeout=WAIT_S)
+    assert pending.is_ready()
+    assert len(cache.finish_restore(pending, 5)) == 2
+
+
+def test_a_restore_from_ram_is_ready_at_once() -> None:
+    cache = make_cache()
+    serve(cache, [1, 2, 3])
+    assert cache.match([1, 2, 3]).is_ready()
+    assert cache.match([9, 9, 9]).is_ready()
+
+
+def test_reads_of_one_prefix_run_side_by_side(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    hashes = hashes_of([1, 2, 3, 4])
+    cold.gates = {block_hash: threading.Event() for block_hash in hashes}
+    cold.reading = {block_hash: threading.Event() for block_hash in hashes}
+    cache = restart(cold)
+    pending = cache.match([1, 2, 3, 4, 5])
+    assert all(event.wait(WAIT_S) for event in cold.reading.values())
+    for gate in cold.gates.values():
+        gate.set()
+    assert len(pending.payloads()) == 2
+
+
+def test_a_match_can_be_released_while_it_is_being_read(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3])
+    [block_hash] = hashes_of([1, 2])
+    cold.gates[block_hash] = threading.Event()
+    cache = restart(cold)
+    pending = cache.match([1, 2, 3])
+    cache.release(pending.table)
+    cold.gates[block_hash].set()
+    assert cache.stats().hot.blocks_in_use == 0
+    assert serve(cache, [1, 2, 3]) == 2
+
+
+# Reads that fail.
+
+
+def test_a_failing_read_in_the_middle_cuts_the_prefix_there(cold: FakeColdTier) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    serve(make_cache(cold), prompt)
+    hashes = hashes_of(prompt)
+    cold.unreadable.add(hashes[1])
+    cache = restart(cold)
+    pending = cache.match(prompt)
+    assert len(pending.table.blocks) == 3
+    [payload] = cache.finish_restore(pending, len(prompt))
+    assert payload.tensors["kv"].data == content_of([1, 2])
+    assert (pending.table.token_ids, pending.table.num_committed) == ([1, 2], 1)
+    stats = cache.stats()
+    assert stats.lost_blocks == 2
+    assert (stats.matched_tokens_cold, stats.missed_tokens, stats.hot.blocks_in_use) == (2, 5, 1)
+    cache.check()
+
+
+def test_a_lost_block_is_stored_anew_by_the_request_that_missed_it(cold: FakeColdTier) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    serve(make_cache(cold), prompt)
+    hashes = hashes_of(prompt)
+    cold.unreadable.add(hashes[1])
+    cache = restart(cold)
+    assert serve(cache, prompt) == 2
+    cold.unreadable.clear()
+    assert cold.saved == hashes[1:]
+    assert serve(cache, prompt) == 6
+    assert serve(restart(cold), prompt) == 6
+
+
+def test_a_failing_first_read_costs_the_whole_prefix_and_nothing_more(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    cold.unreadable.add(hashes_of([1, 2])[0])
+    cache = restart(cold)
+    request = run(cache, [1, 2, 3, 4, 5])
+    assert (request.captured, cache.stats().matched_tokens_cold) == ([(0, 2), (2, 4)], 0)
+
+
+def test_only_what_was_restored_counts_as_a_hit(cold: FakeColdTier) -> None:
+    # The tiers alternate: SSD, lost, RAM. Hits in RAM behind the cut are no hits.
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    cache = cache_with_only_the_last_block_in_ram(cold, prompt)
+    cold.unreadable.add(hashes_of(prompt)[1])
+    pending = cache.match(prompt)
+    assert pending.num_hot_blocks == 1
+    assert len(cache.finish_restore(pending, len(prompt))) == 1
+    assert pending.num_hot_blocks == 0
+    assert (cache.stats().matched_tokens_hot, cache.stats().matched_tokens_cold) == (0, 2)
+
+
+def test_a_block_in_ram_behind_a_lost_one_is_shared_again_once_the_gap_is_filled(cold: FakeColdTier) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    cache = cache_with_only_the_last_block_in_ram(cold, prompt)
+    cold.unreadable.add(hashes_of(prompt)[1])
+    request = run(cache, prompt)
+    assert request.captured == [(2, 4)]
+    assert request.table.num_committed == 3
+    cache.check()
+
+
+def cache_with_only_the_last_block_in_ram(cold: FakeColdTier, prompt: list[int]) -> TieredCache:
+    """The first blocks of the prompt were published while others filled the RAM; the last one found room."""
+    cache = make_cache(cold, hot_blocks=3)
+    holder = run(cache, [90, 91, 92, 93, 94, 95])
+    request = Request.start(cache, prompt)
+    request.compute(len(prompt) - 3)
+    request.store()
+    cache.release(holder.table)
+    request.compute()
+    request.store()
+    assert [block.payload is not None for block in request.table.blocks[:-1]] == [False, False, True]
+    cache.release(request.table)
+    return cache
+
+
+def test_a_prefix_that_cannot_be_used_is_given_up_whole(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    pending = cache.match([1, 2, 3, 4, 5])
+    cache.finish_restore(pending, 5)
+    cache.discard(pending.table)
+    assert (pending.table.num_tokens, cache.stats().hot.blocks_in_use) == (0, 0)
+    cache.append_tokens(pending.table, [1, 2])
+    cache.check()
+
+
+# Store.
+
+
+def test_each_block_is_captured_once_as_it_fills() -> None:
+    cache = make_cache()
+    request = Request.start(cache, [1, 2, 3, 4, 5, 6, 7])
+    request.compute(1)
+    request.store()
+    assert request.captured == []
+    request.compute(4)
+    request.store()
+    assert request.captured == [(0, 2), (2, 4)]
+    request.store()
+    request.compute(1)
+    request.store()
+    request.compute(1)
+    request.store()
+    assert request.captured == [(0, 2), (2, 4), (4, 6)]
+
+
+def test_matched_blocks_are_not_captured(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    assert run(cache, [1, 2, 3, 4, 5, 6, 7]).captured == [(4, 6)]
+    assert cold.saved == hashes_of([1, 2, 3, 4, 5, 6])
+
+
+def test_blocks_that_another_request_published_meanwhile_are_not_captured() -> None:
+    cache = make_cache()
+    first, second = Request.start(cache, [1, 2, 3, 4, 5]), Request.start(cache, [1, 2, 3, 4, 6])
+    for request in (first, second):
+        request.compute()
+        request.store()
+    assert (len(first.captured), second.captured) == (2, [])
+    assert first.table.blocks[:2] == second.table.blocks[:2]
+    assert cache.stats().hot.blocks_in_use == 2 + 2
+    cache.check()
+
+
+def test_blocks_reach_both_tiers_in_chain_order(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5, 6])
+    assert cold.saved == hashes_of([1, 2, 3, 4, 5, 6])
+    assert [token_ids for token_ids, _ in cold.blocks.values()] == [(1, 2), (3, 4), (5, 6)]
+    assert cache.stats().hot.hot_blocks == 3
+
+
+def test_no_hole_is_left_where_there_was_no_room() -> None:
+    cache = make_cache(hot_blocks=2)
+    holder = run(cache, [99, 99])
+    request = run(cache, [1, 2, 3, 4, 5, 6])
+    assert request.table.num_committed == 1
+    assert [block.block_hash is not None for block in request.table.blocks] == [True, False, False]
+    cache.release(holder.table)
+    request.store()
+    assert request.table.num_committed == 2
+    cache.release(request.table)
+    assert serve(cache, [1, 2, 3, 4, 5, 6]) == 4
+
+
+def test_a_block_without_room_is_the_only_one_captured_in_vain() -> None:
+    cache = make_cache(hot_blocks=0)
+    request = run(cache, [1, 2, 3, 4, 5, 6])
+    request.store()
+    assert request.captured == [(0, 2), (0, 2)]
+
+
+def test_a_block_without_room_in_ram_is_published_from_ssd(cold: FakeColdTier) -> None:
+    cache = make_cache(cold, hot_blocks=0)
+    assert serve(cache, [1, 2, 3, 4, 5]) == 0
+    assert cache.stats().hot.hot_blocks == 0
+    assert serve(cache, [1, 2, 3, 4, 5]) == 4
+    assert cache.stats().matched_tokens_cold == 4
+
+
+def test_a_block_that_ssd_refuses_is_kept_in_ram(cold: FakeColdTier) -> None:
+    first, second = hashes_of([1, 2, 3, 4])
+    cold.refused.add(first)
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    assert cold.saved == []
+    assert serve(cache, [1, 2, 3, 4, 5]) == 4
+    cold.refused.clear()
+    serve(cache, [1, 2, 3, 4, 5])
+    assert cold.saved == [first, second]
+
+
+def test_nothing_is_published_on_the_word_of_an_ssd_tier_that_lacks_the_parent(cold: FakeColdTier) -> None:
+    first, second = hashes_of([1, 2, 3, 4])
+    cold.refused.add(first)
+    cache = make_cache(cold, hot_blocks=1)
+    request = run(cache, [1, 2, 3, 4, 5])
+    assert request.table.num_committed == 1
+    assert not cold.has_block(second)
+    cache.check()
+
+
+def test_what_ssd_has_evicted_is_written_again_at_the_next_match_in_chain_order(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    hashes = hashes_of([1, 2, 3, 4, 5, 6])
+    serve(cache, [1, 2, 3, 4, 5, 6])
+    for block_hash in hashes[1:]:
+        del cold.blocks[block_hash]
+    cold.saved.clear()
+    assert run(cache, [1, 2, 3, 4, 5, 6, 7, 8]).captured == [(6, 8)]
+    assert cold.saved == [*hashes[1:], hashes_of([1, 2, 3, 4, 5, 6, 7, 8])[-1]]
+    assert serve(restart(cold), [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 8
+
+
+def test_rewriting_stops_at_the_first_refusal(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5, 6])
+    hashes = hashes_of([1, 2, 3, 4, 5, 6])
+    cold.blocks.clear()
+    cold.saved.clear()
+    cold.refused.add(hashes[1])
+    cache.match([1, 2, 3, 4, 5, 6, 7])
+    assert cold.saved == [hashes[0]]
+
+
+def test_nothing_is_written_twice_while_ssd_has_it(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    cold.saved.clear()
+    serve(cache, [1, 2, 3, 4, 5])
+    serve(cache, [1, 2, 3, 4, 6])
+    assert cold.saved == []
+
+
+def test_a_use_from_ram_is_a_use_on_ssd_too(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    cold.touched.clear()
+    serve(cache, [1, 2, 3, 4, 6])
+    assert cold.touched == [hashes_of([1, 2, 3, 4])]
+
+
+# Promotion.
+
+
+def test_what_was_read_from_ssd_is_kept_in_ram(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    cache = restart(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    assert cache.stats().hot.promotions == 2
+    serve(cache, [1, 2, 3, 4, 5])
+    assert (cache.stats().matched_tokens_hot, cache.stats().hot.promotions) == (4, 2)
+
+
+def test_promotion_prefers_the_trunk_and_respects_the_budget(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3, 4, 5, 6, 7])
+    cache = restart(cold, hot_blocks=2)
+    request = Request.start(cache, [1, 2, 3, 4, 5, 6, 7])
+    assert [block.payload is not None for block in request.table.blocks] == [True, True, False]
+    assert cache.stats().hot.hot_bytes == 2 * BLOCK_BYTES
+    cache.check()
+
+
+def test_a_prefix_that_was_not_restored_whole_is_not_promoted_by_mistake(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5])
+    table = cache.match([1, 2, 3, 4, 5]).table
+    with pytest.raises(ValueError, match="shorter"):
+        cache.promote(table, [payload_of([1, 2])])
+
+
+# The rest of its life.
+
+
+def test_without_an_ssd_tier_there_is_nothing_to_flush() -> None:
+    cache = make_cache()
+    assert cache.flush(timeout_s=0)
+    cache.close()
+    cache.close()
+
+
+def test_flush_says_whether_the_ssd_tier_was_done_in_time(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    assert (cache.flush(), cache.flush(timeout_s=0), cold.num_flushes) == (True, False, 2)
+
+
+def test_close_waits_for_the_reads_that_run_before_it_closes_the_ssd_tier(cold: FakeColdTier) -> None:
+    serve(make_cache(cold), [1, 2, 3])
+    [block_hash] = hashes_of([1, 2])
+    cold.gates[block_hash], cold.reading[block_hash] = threading.Event(), threading.Event()
+    cache = restart(cold)
+    pending = cache.match([1, 2, 3])
+    assert cold.reading[block_hash].wait(WAIT_S)
+    order: list[str] = []
+    pending.notify(lambda: order.append("read"))
+
+    def close() -> None:
+        cache.close()
+        order.append(f"closed {cold.num_closes}")
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    cold.gates[block_hash].set()
+    thread.join(WAIT_S)
+    assert order == ["read", "closed 1"]
+    assert len(pending.payloads()) == 1
+
+
+# With the real SSD tier.
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path) -> Iterator[Callable[..., TieredCache]]:
+    caches: list[TieredCache] = []
+
+    def open_one(hot_blocks: int | None = None) -> TieredCache:
+        ssd = PagedSSDCacheManager(tmp_path, max_size_bytes=1_000_000, namespace=NAMESPACE, description={"model": "x"})
+        caches.append(make_cache(ssd, hot_blocks))
+        return caches[-1]
+
+    yield open_one
+    for cache in caches:
+        cache.close()
+
+
+def test_a_flushed_prefix_survives_a_restart_on_disk(open_cache: Callable[..., TieredCache]) -> None:
+    with closing(open_cache()) as cache:
+        serve(cache, [1, 2, 3, 4, 5])
+        assert cache.flush(WAIT_S)
+    cache = open_cache()
+    assert serve(cache, [1, 2, 3, 4, 5, 6, 7]) == 4
+    assert (cache.stats().matched_tokens_cold, cache.stats().hot.promotions) == (4, 2)
+    assert serve(cache, [1, 2, 3, 4, 5, 6, 7]) == 6
+
+
+def test_a_prefix_is_found_on_ssd_as_soon_as_it_is_stored(open_cache: Callable[..., TieredCache]) -> None:
+    cache = open_cache(hot_blocks=0)
+    serve(cache, [1, 2, 3, 4, 5])
+    assert serve(cache, [1, 2, 3, 4, 5]) == 4
+
+
+def test_a_damaged_file_is_computed_and_stored_anew(
+    open_cache: Callable[..., TieredCache], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_cache()) as cache:
+        serve(cache, [1, 2, 3, 4, 5, 6, 7])
+    [path] = tmp_path.rglob(f"{hashes_of([1, 2, 3, 4])[1].hex()}.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with closing(open_cache()) as cache:
+        assert serve(cache, [1, 2, 3, 4, 5, 6, 7]) == 2
+        assert cache.stats().lost_blocks == 2
+        assert "will be computed again" in caplog.text
+    assert serve(open_cache(), [1, 2, 3, 4, 5, 6, 7]) == 6
+
+
+def test_pending_reads_are_given_in_the_order_of_the_prefix(open_cache: Callable[..., TieredCache]) -> None:
+    prompt = list(range(100, 121))
+    with closing(open_cache()) as cache:
+        serve(cache, prompt)
+    pending: PendingRestore = open_cache().match(prompt)
+    contents = [bytes(payload.tensors["kv"].data) for payload in pending.payloads()]
+    assert contents == [content_of(prompt[:stop]) for stop in range(2, 21, 2)]

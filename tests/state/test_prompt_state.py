@@ -1,0 +1,141 @@
+"""A model's layer caches as block payloads and back: same bits, no shared memory, and nothing that is guessed."""
+
+from omlx_core.mlx_backend import mx
+
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.errors import CacheInvariantError
+from omlx_core.state.arrays import to_payloads, with_arrays
+from omlx_core.state.prompt_state import PromptStateCodec, UnsupportedLayerError
+
+BLOCK_SIZE = 16
+
+
+def filled_layer(num_tokens, *, heads=2, dim=8, value_dim=8, dtype=mx.float32, seed=0):
+    keys, values = (
+        mx.random.normal((1, heads, num_tokens, size), key=mx.random.key(seed + i)).astype(dtype)
+        for i, size in enumerate((dim, value_dim))
+    )
+    layer = KVCache()
+    layer.update_and_fetch(keys, values)
+    mx.eval(layer.state)
+    return layer
+
+
+def ranges(num_blocks):
+    return [(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
+
+
+def bits(array):
+    return bytes(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+
+
+def from_disk(payload):
+    """The same payload as a reader of files gives it: bytes only."""
+    return BlockPayload(
+        {n: BlockTensor(t.dtype, t.shape, memoryview(bytes(t.data))) for n, t in payload.tensors.items()}
+    )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("source", ["RAM", "SSD"])
+def test_restored_layers_hold_the_same_bits(dtype, source):
+    layers = [filled_layer(50, dtype=dtype, seed=i, value_dim=4) for i in range(3)]
+    codec = PromptStateCodec(layers)
+    payloads = codec.capture(layers, ranges(3))
+    if source == "SSD":
+        payloads = [from_disk(payload) for payload in payloads]
+    restored, _ = codec.restore(payloads, num_tokens=48, capacity=60)
+    for layer, original in zip(restored, layers, strict=True):
+        assert layer.offset == 48
+        for array, expected in zip(layer.keys_and_values(), original.keys_and_values(), strict=True):
+            assert array.dtype == dtype
+            assert bits(array) == bits(expected[..., :48, :])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_writing_past_a_restored_prefix_leaves_its_blocks_alone(num_blocks):
+    layers = [filled_layer(num_blocks * BLOCK_SIZE)]
+    codec = PromptStateCodec(layers)
+    payloads = codec.capture(layers, ranges(num_blocks))
+    before = [bytes(tensor.data) for payload in payloads for tensor in payload.tensors.values()]
+    [layer], _ = codec.restore(payloads, num_tokens=num_blocks * BLOCK_SIZE, capacity=0)
+    layer.trim(BLOCK_SIZE)
+    layer.update_and_fetch(mx.full((1, 2, 40, 8), 7.0), mx.full((1, 2, 40, 8), 7.0))
+    layer.keys[...] = 9.0
+    mx.eval(layer.state)
+    assert [bytes(tensor.data) for payload in payloads for tensor in payload.tensors.values()] == before
+
+
+def test_restored_layer_has_the_capacity_that_was_asked_for():
+    layers = [filled_layer(BLOCK_SIZE)]
+    codec = PromptStateCodec(layers)
+    [layer], _ = codec.restore(codec.capture(layers, ranges(1)), num_tokens=BLOCK_SIZE, capacity=1000)
+    assert layer.keys.shape[2] == layer.values.shape[2] == 1024
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_captured_blocks_do_not_keep_the_cache_they_were_cut_from(heads):
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    layers = [filled_layer(4096, heads=heads, dim=64, value_dim=64)]
+    payloads = PromptStateCodec(layers).capture(layers, ranges(2))
+    del layers
+    size_bytes = sum(payload.size_bytes for payload in payloads)
+    assert size_bytes == 2 * BLOCK_SIZE * heads * 64 * 2 * 4
+    # Allocations are rounded up to pages of at most 16 KiB.
+    assert mx.get_active_memory() - before <= size_bytes + 4 * 16384
+
+
+def test_payloads_from_ram_are_not_converted_again():
+    layers = [filled_layer(32)]
+    codec = PromptStateCodec(layers)
+    first, second = codec.capture(layers, ranges(2))
+    mixed = with_arrays([first, from_disk(second)])
+    assert mixed[0] is first
+    assert mixed[1] == second
+    assert all(tensor.array is not None for tensor in mixed[1].tensors.values())
+
+
+def test_capture_beyond_what_was_computed_is_refused():
+    layers = [filled_layer(20)]
+    with pytest.raises(CacheInvariantError, match="layer 0 holds 20 tokens where its blocks say 32"):
+        PromptStateCodec(layers).capture(layers, ranges(2))
+
+
+def test_restore_that_is_shorter_than_its_table_is_refused():
+    layers = [filled_layer(32)]
+    codec = PromptStateCodec(layers)
+    with pytest.raises(CacheInvariantError, match="layer 0 holds 32 tokens where its blocks say 48"):
+        codec.restore(codec.capture(layers, ranges(2)), num_tokens=48, capacity=48)
+
+
+def test_bytes_that_do_not_fit_their_shape_are_refused():
+    tensor = BlockTensor("F32", (3,), memoryview(bytes(8)))
+    with pytest.raises(CacheInvariantError, match=r"8 bytes are no F32 tensor of shape \(3,\)"):
+        with_arrays([BlockPayload({"0.keys": tensor})])
+
+
+class KVCacheOfSomeoneElse(KVCache):
+    pass
+
+
+@pytest.mark.parametrize("layer", [RotatingKVCache(max_size=8), KVCacheOfSomeoneElse()])
+def test_unknown_cache_class_is_not_cached(layer):
+    with pytest.raises(UnsupportedLayerError, match=type(layer).__name__):
+        PromptStateCodec([KVCache(), layer])
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (), (0, 4)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint8, mx.int32, mx.bool_])
+def test_every_shape_and_type_survives_the_round_trip(shape, dtype):
+    array = mx.ones(shape).astype(dtype)
+    [payload] = to_payloads([{"x": array}])
+    [back] = with_arrays([from_disk(payload)])
+    assert back.tensors["x"].array.dtype == dtype
+    assert back.tensors["x"].array.shape == shape
+    assert back.tensors["x"].data.nbytes == int(np.prod(shape)) * dtype.size
+    assert back == payload
