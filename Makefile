@@ -44,7 +44,8 @@ check: setup
 	$(BIN)/mypy
 
 test: setup sample-model
-	$(BIN)/python -m pytest tests integration_tests --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests --numprocesses $(WORKERS) --dist worksteal
 
 demo: setup sample-model
 	$(BIN)/omlx-plugins demo

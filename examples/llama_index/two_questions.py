@@ -29,6 +29,5 @@ for question in ("How are adapters found?", "What happens to a broken plugin?"):
     before = llm.get_engine().cache.stats()
     print(f"{question} {query_engine.query(question)}")
     after = llm.get_engine().cache.stats()
-    hot = after.matched_tokens_hot - before.matched_tokens_hot
-    cold = after.matched_tokens_cold - before.matched_tokens_cold
-    print(f"  {hot} prompt tokens reused from RAM, {cold} from SSD, {after.missed_tokens - before.missed_tokens} computed")
+    reused = after.matched_tokens - before.matched_tokens
+    print(f"  {reused + after.missed_tokens - before.missed_tokens} prompt tokens, {reused} of them reused")

@@ -4,7 +4,10 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from omlx_core.mlx_backend import mx
+
 import pytest
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import tiny_llama
 
 from omlx_core import CacheSettings, Engine, EngineSettings
@@ -149,7 +152,16 @@ def test_salts_share_nothing(model):
     assert reused == [0, 0, 0, 96, 96]
 
 
-def test_other_weights_dtype_or_block_size_share_nothing_on_ssd(tmp_path: Path):
+def with_adapter(model, seed):
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
+    for layer in model.layers:
+        adapter = layer.self_attn.q_proj
+        adapter.lora_b = mx.random.normal(adapter.lora_b.shape, key=mx.random.key(seed))
+    mx.eval(model.parameters())
+    return model
+
+
+def test_other_weights_dtype_adapter_or_block_size_share_nothing_on_ssd(tmp_path: Path):
     prompt = tokens(100)
 
     def cached_tokens(model, block_size=BLOCK_SIZE):
@@ -161,4 +173,6 @@ def test_other_weights_dtype_or_block_size_share_nothing_on_ssd(tmp_path: Path):
     assert cached_tokens(tiny_llama("float32", seed=1)) == 0
     assert cached_tokens(tiny_llama("bfloat16", seed=0)) == 0
     assert cached_tokens(tiny_llama("float32", seed=0), block_size=32) == 0
+    assert cached_tokens(with_adapter(tiny_llama("float32", seed=0), seed=1)) == 0
+    assert cached_tokens(with_adapter(tiny_llama("float32", seed=0), seed=2)) == 0
     assert cached_tokens(tiny_llama("float32", seed=0)) == 96

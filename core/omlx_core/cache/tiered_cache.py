@@ -40,6 +40,11 @@ class CacheStats:
     missed_tokens: int
     lost_blocks: int
 
+    @property
+    def matched_tokens(self) -> int:
+        """Prompt tokens served from either tier so far."""
+        return self.matched_tokens_hot + self.matched_tokens_cold
+
 
 class PendingRestore:
     """The content of a matched prefix, part of which may still be on its way from the SSD tier.

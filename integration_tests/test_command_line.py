@@ -1,0 +1,43 @@
+"""What people type: the command, the examples and the README's code, with the real model, in new processes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py"))
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_generate_prints_the_answer_and_reuses_it_in_the_next_process(run_python, sample_model, document, tmp_path):
+    arguments = ("-m", "omlx_plugins.cli", "generate", "--model", sample_model, "--paged-ssd-cache-dir", str(tmp_path))
+    arguments = (*arguments, "--block-size", "64", "--max-tokens", "8", document)
+    first = succeeded(run_python(*arguments))
+    second = succeeded(run_python(*arguments))
+    assert first.stdout == second.stdout != ""
+    assert " 0 reused from RAM, 0 from SSD" in first.stderr
+    assert re.search(r" 0 reused from RAM, [1-9]\d* from SSD", second.stderr), second.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_reuses_its_prefix_and_again_in_a_new_process(run_python, sample_model, example):
+    first = succeeded(run_python(example, sample_model)).stdout
+    second = succeeded(run_python(example, sample_model)).stdout
+    reused = [[int(n) for n in re.findall(r"(\d+) of them reused", text)] for text in (first, second)]
+    assert reused[0][0] == 0 < reused[0][1]
+    assert reused[1][0] > 0
+
+
+def test_readme_code_runs(run_python, sample_model, document, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) >= 2
+    code = "\n".join([f"handbook = {document!r}", *blocks])
+    code = re.sub(r'"mlx-community/[^"]+"|"path or repo id"', repr(sample_model), code)
+    (tmp_path / "readme.py").write_text(code, encoding="utf-8")
+    succeeded(run_python(str(tmp_path / "readme.py")))
