@@ -45,7 +45,7 @@ check: setup
 
 test: setup sample-model
 	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist worksteal
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest integration_tests --numprocesses $(WORKERS) --dist worksteal
 
 demo: setup sample-model
 	$(BIN)/omlx-plugins demo

@@ -1,12 +1,14 @@
 """What people type: the command, the examples and the README's code, with the real model, in new processes."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py"))
+COMMAND = str(Path(sys.executable).with_name("omlx-plugins"))
 
 
 def succeeded(done):
@@ -15,7 +17,7 @@ def succeeded(done):
 
 
 def test_generate_prints_the_answer_and_reuses_it_in_the_next_process(run_python, sample_model, document, tmp_path):
-    arguments = ("-m", "omlx_plugins.cli", "generate", "--model", sample_model, "--paged-ssd-cache-dir", str(tmp_path))
+    arguments = (COMMAND, "generate", "--model", sample_model, "--paged-ssd-cache-dir", str(tmp_path))
     arguments = (*arguments, "--block-size", "64", "--max-tokens", "8", document)
     first = succeeded(run_python(*arguments))
     second = succeeded(run_python(*arguments))
@@ -41,3 +43,18 @@ def test_readme_code_runs(run_python, sample_model, document, tmp_path):
     code = re.sub(r'"mlx-community/[^"]+"|"path or repo id"', repr(sample_model), code)
     (tmp_path / "readme.py").write_text(code, encoding="utf-8")
     succeeded(run_python(str(tmp_path / "readme.py")))
+
+
+def test_demo_reuses_its_context_from_everywhere_and_changes_no_answer(run_python, sample_model):
+    done = succeeded(run_python(COMMAND, "demo", "--model", sample_model, timeout_s=500))
+    assert "Every answer equals the one without a cache." in done.stdout
+    rows = re.findall(r"^  (L.*?)  +([\d,]+) +([\d,]+) +([\d,]+) .* yes$", done.stdout, re.MULTILINE)
+    reused = [(asked_by, from_ram != "0", from_ssd != "0") for asked_by, _, from_ram, from_ssd in rows]
+    assert reused == [
+        ("LangChain, question 1", False, False),
+        ("LangChain, question 2", True, False),
+        ("LangChain, question 3", True, False),
+        ("LlamaIndex, same process", True, False),
+        ("LangChain, new process", False, True),
+    ]
+    assert done.stderr == ""

@@ -184,7 +184,7 @@ def _summary(result: GenerationResult, elapsed_s: float) -> str:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from omlx_plugins.demo import run
+    from omlx_plugins.demo.run import run
 
     return run(model=args.model, cache_options=_cache_options(args))
 

@@ -295,7 +295,7 @@ def test_sample_model_prints_its_path(monkeypatch, capsys, tmp_path):
 
 def test_demo_gets_the_model_and_the_given_cache_flags(monkeypatch):
     given: list[dict[str, Any]] = []
-    module = types.ModuleType("omlx_plugins.demo")
+    module = types.ModuleType("omlx_plugins.demo.run")
     module.run = lambda **options: given.append(options) or 0
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["demo", "--hot-cache-max-size", "1GB"]) == 0

@@ -12,6 +12,8 @@ from omlx_core import mlx_backend
 from omlx_core.errors import MissingDependencyError
 
 LOAD = mlx_backend._load_beside_fortran_runtime
+# macOS has no affinity; what needs this runs on Linux only.
+HALF_OF_THE_CORES = max(1, len(os.sched_getaffinity(0)) // 2) if sys.platform == "linux" else 0
 SHOW_BACKEND = "from omlx_core.mlx_backend import backend_name, mx; print(backend_name())"
 
 
@@ -50,6 +52,17 @@ def test_openblas_answers_the_multiplications_of_mlx() -> None:
     assert result.stdout == "cpu+openblas\n"
     assert bindings
     assert all(" to " in line and "libopenblas" in line.split(" to ")[1] for line in bindings)
+
+
+@has_openblas
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, HALF_OF_THE_CORES), ({"OPENBLAS_NUM_THREADS": "2"}, 2)],
+)
+def test_openblas_takes_half_of_the_cores_unless_told_otherwise(environment: dict[str, str], expected: int) -> None:
+    threads = "from omlx_core import mlx_backend as m; print(m._openblas.openblas_get_num_threads())"
+
+    assert run_python(threads, **environment).stdout == f"{expected}\n"
 
 
 @has_openblas

@@ -157,7 +157,7 @@ def _answering() -> Iterator[Any]:
             ticker.join()
             clock.close()
             print("  ", end="")
-        print(text.replace("\n", "\n  "), end="", flush=True)
+        print(text.replace("\n", " "), end="", flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)
     ticker.start()

@@ -4,11 +4,12 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
-from omlx_core.cache.block_pool import CacheBlock
+from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
@@ -301,13 +302,28 @@ def test_a_full_block_that_forks_share_is_published_by_whichever_comes_first() -
     manager.append_tokens(table, [1, 2, 3, 4])
     fork = manager.fork_block_table(table)
     commit_all(manager, table)
+    assert [block.block_hash for block in fork.blocks] == [None, None]
     full = manager.next_full_block(fork)
     assert full is not None
     assert manager.share_block(fork, full)
     assert commit_all(manager, fork) == 1
     assert fork.blocks == table.blocks
     assert [block.ref_count for block in table.blocks] == [2, 2]
-    assert manager.stats().hot_blocks == 2
+    stats = manager.stats()
+    assert (stats.hot_blocks, stats.blocks_in_use, stats.cow_copies) == (2, 2, 2)
+    manager.check()
+
+
+def test_a_full_block_that_forks_share_is_not_published_if_the_pool_has_no_block_for_a_copy() -> None:
+    manager = make_manager(initial_blocks=1, max_blocks=1)
+    table = BlockTable()
+    manager.append_tokens(table, [1, 2])
+    fork = manager.fork_block_table(table)
+    assert commit_all(manager, table) == 0
+    assert (table.num_committed, fork.blocks) == (0, table.blocks)
+    manager.free_block_table(fork)
+    assert commit_all(manager, table) == 1
+    assert manager.stats().cow_copies == 0
     manager.check()
 
 
@@ -379,6 +395,20 @@ def test_evicts_leaves_before_a_trunk_that_several_sequences_share() -> None:
     trunk, leaf_of_one = hashes_of([1, 2, 3, 4])
     _, leaf_of_two = hashes_of([1, 2, 5, 6])
     assert eviction_order(manager) == [leaf_of_one, leaf_of_two, trunk]
+
+
+def test_evicts_leaves_before_a_trunk_that_one_of_two_forks_let_go() -> None:
+    # The trunk is in RAM already when two forks have computed it once more; only one of them publishes.
+    manager = make_manager()
+    store(manager, [1, 2])
+    table = BlockTable()
+    manager.append_tokens(table, [1, 2, 3, 4])
+    fork = manager.fork_block_table(table)
+    commit_all(manager, table)
+    manager.free_block_table(table)
+    manager.free_block_table(fork)
+    trunk, leaf = hashes_of([1, 2, 3, 4])
+    assert eviction_order(manager) == [leaf, trunk]
 
 
 def test_evicts_the_least_recently_used_sequence_first() -> None:
@@ -718,6 +748,37 @@ def test_a_block_evicted_during_the_match_ends_it_there() -> None:
     assert manager.get_computed_blocks([1, 2, 3, 4]).token_ids == [1, 2]
     assert manager.stats().evictions == 2
     manager.check()
+
+
+def test_the_pool_is_touched_under_the_lock_only() -> None:
+    cold = FakeColdIndex(hashes_of([1, 2]))
+    manager = make_manager(hot_blocks=2, cold=cold)
+    pool, touched = manager._pool, set()
+
+    class WatchedPool:
+        def __getattr__(self, name: str) -> object:
+            assert manager._lock.locked()
+            touched.add(name)
+            return getattr(pool, name)
+
+    manager._pool = cast(BlockPool, WatchedPool())
+    table = manager.get_computed_blocks([1, 2, 3])
+    manager.promote(table.blocks[0], payload_of())
+    manager.append_tokens(table, [3])
+    fork = manager.fork_block_table(table)
+    for each in (table, fork):
+        manager.append_tokens(each, [4])
+    commit_all(manager, table)
+    full = manager.next_full_block(fork)
+    assert full is not None
+    assert manager.share_block(fork, full)
+    manager.truncate(fork, 1)
+    manager.free_block_table(table)
+    manager.free_block_table(fork)
+    store(manager, [9, 9])
+    manager.stats()
+    manager.check()
+    assert {"allocate", "acquire", "release", "register", "attach", "get", "evict_least_recently_used"} <= touched
 
 
 def test_many_threads_leave_the_counts_right() -> None:

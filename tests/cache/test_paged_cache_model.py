@@ -135,27 +135,33 @@ class Model:
             if not filled:
                 table.blocks.append(self.allocate())
             elif table.blocks[-1].ref_count > 1:
-                copy = self.allocate()
-                self.release(table.blocks[-1])
-                table.blocks[-1] = copy
-                self.cow_copies += 1
+                table.blocks[-1] = self.copy_on_write(table.blocks[-1])
             table.token_ids.append(token_id)
             table.blocks[-1].num_tokens = filled + 1
+
+    def copy_on_write(self, block: ModelBlock) -> ModelBlock:
+        copy = self.allocate()
+        copy.num_tokens = block.num_tokens
+        self.release(block)
+        self.cow_copies += 1
+        return copy
 
     def next_identity(self, table: ModelTable) -> Identity | None:
         remaining = self.identities(table.extra_keys, table.token_ids)[table.num_committed :]
         return remaining[0] if remaining else None
 
     def publish(self, table: ModelTable, identity: Identity) -> ModelBlock:
-        own, published = table.blocks[table.num_committed], self.find(identity)
-        if published is None:
-            own.identity = identity
-        elif published is not own:
+        block, published = table.blocks[table.num_committed], self.find(identity)
+        if published is not None:
             self.acquire(published)
-            self.release(own)
-            table.blocks[table.num_committed] = published
+            self.release(block)
+            block = published
+        elif block.ref_count > 1:
+            block = self.copy_on_write(block)
+        block.identity = identity
+        table.blocks[table.num_committed] = block
         table.num_committed += 1
-        return table.blocks[table.num_committed - 1]
+        return block
 
     def share(self, table: ModelTable, identity: Identity) -> bool:
         published = self.find(identity)
@@ -169,7 +175,10 @@ class Model:
         is_hot = published is not None and published.is_hot
         if not is_hot and not in_cold_tier and not self.make_room(size_bytes):
             return False
-        block = self.publish(table, identity)
+        try:
+            block = self.publish(table, identity)
+        except ModelExhaustedError:
+            return False
         block.is_hot = block.is_hot or self.make_room(size_bytes)
         return True
 
@@ -378,6 +387,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
             assert request.real.num_committed == request.model.num_committed
             for real, model in zip(request.real.blocks, request.model.blocks, strict=True):
                 assert pairs.setdefault(real, model) is model
+            assert [block.block_hash is not None for block in request.real.blocks] == [
+                position < request.model.num_committed for position in range(len(request.real.blocks))
+            ]
         assert len(set(pairs.values())) == len(pairs)
         for real, model in pairs.items():
             assert (real.ref_count, real.num_tokens) == (model.ref_count, model.num_tokens)

@@ -26,6 +26,7 @@ class FakeColdTier:
 
     def __init__(self) -> None:
         self.blocks: dict[BlockHash, tuple[tuple[int, ...], BlockPayload]] = {}
+        self.parents: dict[BlockHash, BlockHash | None] = {}
         self.saved: list[BlockHash] = []
         self.touched: list[list[BlockHash]] = []
         self.unreadable: set[BlockHash] = set()
@@ -43,6 +44,7 @@ class FakeColdTier:
         if block_hash in self.refused:
             return False
         self.saved.append(block_hash)
+        self.parents[block_hash] = parent_hash
         if parent_hash is None or parent_hash in self.blocks:
             self.blocks[block_hash] = tuple(token_ids), payload
         return True
@@ -449,8 +451,11 @@ def test_what_ssd_has_evicted_is_written_again_at_the_next_match_in_chain_order(
     for block_hash in hashes[1:]:
         del cold.blocks[block_hash]
     cold.saved.clear()
+    cold.parents.clear()
     assert run(cache, [1, 2, 3, 4, 5, 6, 7, 8]).captured == [(6, 8)]
-    assert cold.saved == [*hashes[1:], hashes_of([1, 2, 3, 4, 5, 6, 7, 8])[-1]]
+    hashes = hashes_of([1, 2, 3, 4, 5, 6, 7, 8])
+    assert cold.saved == hashes[1:]
+    assert cold.parents == dict(zip(hashes[1:], hashes, strict=False))
     assert serve(restart(cold), [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 8
 
 

@@ -211,7 +211,8 @@ class PagedCacheManager:
             in_cold_tier: the SSD tier has them or is about to, so that the block may be published without RAM.
 
         Returns:
-            Whether it is published. False: no tier has room now, and nothing has changed.
+            Whether it is published. False: no tier has room now, or the pool none for a copy-on-write, and the
+            table is as it was.
         """
         with self._lock:
             published = self._pool.get(full.block_hash)
@@ -219,7 +220,10 @@ class PagedCacheManager:
             if not is_safe and not self._make_room(payload.size_bytes):
                 return False
             # Held from here on, so that making room can't evict the very block that it is made for.
-            block = self._publish(table, full, published)
+            try:
+                block = self._publish(table, full, published)
+            except BlockPoolExhaustedError:
+                return False
             if block.payload is None and self._make_room(payload.size_bytes):
                 self._pool.attach(block, payload)
             return True
@@ -311,21 +315,26 @@ class PagedCacheManager:
             raise CacheInvariantError(
                 f"block {full.position} can't be published: it is the turn of block {table.num_committed}"
             )
-        own = table.blocks[full.position]
-        if published is None:
-            self._pool.register(own, full.block_hash)
-        elif published is not own:  # own: a fork of this table has published it
+        block = table.blocks[full.position]
+        if published is not None:
             self._pool.acquire(published)
-            table.blocks[full.position] = published
-            self._pool.release(own)
+            self._pool.release(block)
+            block = published
+        else:
+            # A fork that shares it must not come to hold a published block without the published parent: eviction
+            # could then take the parent first.
+            if block.ref_count > 1:
+                block = self._cow_copy_block(block)
+            self._pool.register(block, full.block_hash)
+        table.blocks[full.position] = block
         table.num_committed = full.position + 1
-        return table.blocks[full.position]
+        return block
 
     def _cow_copy_block(self, shared: CacheBlock) -> CacheBlock:
-        """Give the caller's table a block of its own in place of a shared partial one; the lock is held.
+        """Give the caller's table a block of its own in place of a shared unpublished one; the lock is held.
 
-        A partial block has no payload (its keys and values are still in the request's own cache), so the copy is
-        a fresh record of as many tokens and one reference less on the original.
+        Such a block has no payload (its keys and values are still in the request's own cache), so the copy is a
+        fresh record of as many tokens and one reference less on the original.
         """
         copy = self._pool.allocate()
         copy.num_tokens = shared.num_tokens
