@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +17,13 @@ LOAD = mlx_backend._load_beside_fortran_runtime
 # macOS has no affinity; what needs this runs on Linux only.
 HALF_OF_THE_CORES = max(1, len(os.sched_getaffinity(0)) // 2) if sys.platform == "linux" else 0
 SHOW_BACKEND = "from omlx_core.mlx_backend import backend_name, mx; print(backend_name())"
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(name)
+    return Path(spec.submodule_search_locations[0])
 
 
 def _is_installed(distribution: str) -> bool:
@@ -142,3 +151,27 @@ def test_missing_mlx_is_named_with_the_platforms_remedy(
 
     with pytest.raises(MissingDependencyError, match=remedy):
         mlx_backend._import_mlx()
+
+
+MODULES = sorted(path for package in ("omlx_core", "omlx_plugins") for path in _package_folder(package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: "/".join(path.parts[-3:]))
+def test_every_module_puts_openblas_in_place_before_it_imports_mlx(path: Path) -> None:
+    if path.name == "mlx_backend.py":
+        return
+    is_in_place = False
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        is_in_place = is_in_place or "omlx_core.mlx_backend" in names
+        imports_mlx = any(name.split(".")[0] in ("mlx", "mlx_lm") for name in names)
+        assert is_in_place or not imports_mlx, f"line {node.lineno}"
+
+
+@has_openblas
+def test_the_engine_and_the_adapters_compute_with_openblas() -> None:
+    entrances = "from omlx_plugins.langchain import ChatOMLX; from omlx_core import Engine; Engine; "
+
+    assert run_python(entrances + SHOW_BACKEND).stdout == "cpu+openblas\n"
