@@ -214,7 +214,6 @@ class Scheduler:
         request.prompt_cache = make_prompt_cache(self._model)
         if not payloads:
             return
-        num_hot = min(pending.num_hot_blocks, len(payloads))
         try:
             with mx.stream(self._batch().stream):
                 request.prompt_cache, payloads = codec.restore(
@@ -227,7 +226,7 @@ class Scheduler:
             return
         cache.promote(pending.table, payloads)
         request.num_computed = num_tokens
-        request.cached_tokens_hot = num_hot * cache.block_size
+        request.cached_tokens_hot = pending.num_hot_blocks * cache.block_size
         request.cached_tokens_cold = num_tokens - request.cached_tokens_hot
 
     def _compute(self, request: Request, token_ids: list[int]) -> None:
