@@ -45,6 +45,7 @@ class BaseOMLX(BaseModel):
         stop: texts that end the answer, themselves not part of it.
         logprobs: return the log-probability of each generated token.
         cache_salt: requests of different salt never share a cached prefix.
+        store: keep what a request computes in the cache; what is there already is reused either way.
 
     Raises:
         UnknownParameterError: a keyword that isn't a field.
@@ -66,6 +67,7 @@ class BaseOMLX(BaseModel):
     stop: str | list[str] = Field(default_factory=list)
     logprobs: bool = False
     cache_salt: str | None = None
+    store: bool = True
 
     _ignored_keywords: ClassVar[frozenset[str]] = frozenset()
     """Keywords that a framework's users pass to any model and that mean nothing for a local one."""

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from omlx_core.engine.params import GenerationOptions, GenerationParams
-from omlx_core.errors import InvalidPromptError, OMLXError
+from omlx_core.errors import InvalidPromptError, MissingDependencyError, OMLXError
 from omlx_core.settings import CacheSettings
 
 if TYPE_CHECKING:
@@ -184,7 +184,12 @@ def _summary(result: GenerationResult, elapsed_s: float) -> str:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from omlx_plugins.demo.run import run
+    try:
+        from omlx_plugins.demo.run import run
+    except ModuleNotFoundError as exc:
+        raise MissingDependencyError(
+            f"the demo needs the package {exc.name!r}, which isn't installed: pip install 'omlx-plugins[all]'"
+        ) from exc
 
     return run(model=args.model, cache_options=_cache_options(args))
 

@@ -96,7 +96,7 @@ async def test_a_load_from_a_coroutine_leaves_the_event_loop_free(monkeypatch, e
 
 def test_the_defaults_are_the_engines():
     fields = ChatOMLX.model_fields
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "cache_salt"):
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "cache_salt", "store"):
         assert getattr(GenerationParams(), name) == fields[name].default, name
 
 
@@ -149,6 +149,7 @@ def test_the_options_of_model_binding_and_call_reach_the_engine_the_call_first(e
         "stop": ["b"],
         "logprobs": False,
         "cache_salt": "tenant",
+        "store": True,
     }
 
 

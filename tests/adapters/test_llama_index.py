@@ -169,6 +169,7 @@ async def test_every_form_sends_the_same_request(engine, form):
         "stop": ["a"],
         "logprobs": False,
         "cache_salt": "tenant",
+        "store": True,
     }
     assert engine.threads == [threading.get_ident()]  # no thread hopping
 

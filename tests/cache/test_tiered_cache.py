@@ -33,16 +33,25 @@ class FakeColdTier:
         self.refused: set[BlockHash] = set()
         self.gates: dict[BlockHash, threading.Event] = {}
         self.reading: dict[BlockHash, threading.Event] = {}
+        self.queue_length: int | None = None
+        self.queued: list[Callable[[], None]] = []
         self.num_flushes = self.num_closes = 0
 
     def has_block(self, block_hash: BlockHash) -> bool:
         return block_hash in self.blocks
 
     def save_block(
-        self, block_hash: BlockHash, parent_hash: BlockHash | None, token_ids: Sequence[int], payload: BlockPayload
+        self,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None,
+        token_ids: Sequence[int],
+        payload: BlockPayload,
+        on_complete: Callable[[BlockHash, bool], None],
     ) -> bool:
-        if block_hash in self.refused:
+        if block_hash in self.refused or len(self.queued) == self.queue_length:
             return False
+        if self.queue_length is not None:
+            self.queued.append(lambda: on_complete(block_hash, True))
         self.saved.append(block_hash)
         self.parents[block_hash] = parent_hash
         if parent_hash is None or parent_hash in self.blocks:
@@ -60,17 +69,22 @@ class FakeColdTier:
         stored_ids, payload = self.blocks[block_hash]
         return payload if stored_ids == tuple(token_ids) else None
 
+    def write_one(self) -> None:
+        self.queued.pop(0)()
+
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         self.touched.append(list(block_hashes))
 
     def flush(self, timeout_s: float | None = None) -> bool:
         self.num_flushes += 1
+        while self.queued and timeout_s != 0:
+            self.write_one()
         return timeout_s != 0
 
     def stats(self) -> SSDCacheStats:
-        return SSDCacheStats(num_blocks=len(self.blocks))
+        return SSDCacheStats(num_blocks=len(self.blocks), queued_blocks=len(self.queued))
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = WAIT_S) -> None:
         self.num_closes += 1
 
 
@@ -488,6 +502,60 @@ def test_a_use_from_ram_is_a_use_on_ssd_too(cold: FakeColdTier) -> None:
 
 
 # Promotion.
+
+
+def test_a_full_queue_keeps_a_released_sequence_in_ram_until_all_of_it_is_in_hand(cold: FakeColdTier) -> None:
+    cold.queue_length = 1
+    cache = make_cache(cold, hot_blocks=3)
+    wakes: list[None] = []
+    cache.on_progress(lambda: wakes.append(None))
+    hashes = hashes_of([1, 2, 3, 4, 5, 6])
+    serve(cache, [1, 2, 3, 4, 5, 6, 7])
+    assert cold.saved == hashes[:1]
+    assert cache.stats().hot.blocks_in_use == 3
+    serve(cache, [9, 9, 9])  # finds no room, since nothing that is held is evicted
+    again = Request.start(cache, [1, 2, 3, 4, 5, 6, 7])
+    assert again.num_cached == 6
+    cache.release(again.table)
+    for num_saved in (2, 3):
+        assert not cache.flush(0)
+        cold.write_one()
+        cache.retry_unsaved()
+        assert cold.saved == hashes[:num_saved]
+    assert len(wakes) == 2
+    assert cache.flush(0) is False  # the last block is still in the queue
+    cold.write_one()
+    assert len(wakes) == 2
+    assert cache.flush(WAIT_S)
+    assert cache.stats().hot.blocks_in_use == 0
+    assert serve(cache, [9, 9, 9]) == 0
+    assert serve(cache, [9, 9, 9]) == 2  # now that nothing is held, there is room
+
+
+def test_a_full_queue_delays_the_chain_of_a_running_request_and_drops_none_of_it(cold: FakeColdTier) -> None:
+    cold.queue_length = 1
+    cache = make_cache(cold)
+    request = Request.start(cache, [1, 2, 3, 4, 5, 6, 7])
+    request.compute(4)
+    request.store()
+    assert cold.saved == hashes_of([1, 2])
+    cold.write_one()
+    request.compute()
+    request.store()
+    assert cold.saved == hashes_of([1, 2, 3, 4])
+    cold.write_one()
+    cache.release(request.table)
+    assert cold.saved == hashes_of([1, 2, 3, 4, 5, 6])
+    assert cache.stats().hot.blocks_in_use == 0
+
+
+def test_close_hands_over_what_a_full_queue_has_kept_waiting(cold: FakeColdTier) -> None:
+    cold.queue_length = 1
+    cache = make_cache(cold)
+    serve(cache, [1, 2, 3, 4, 5, 6, 7])
+    cache.close()
+    assert cold.saved == hashes_of([1, 2, 3, 4, 5, 6])
+    assert cache.stats().hot.blocks_in_use == 0
 
 
 def test_what_was_read_from_ssd_is_kept_in_ram(cold: FakeColdTier) -> None:

@@ -101,6 +101,15 @@ def test_result_counts_its_tokens(engine):
     assert result.ttft_s > 0
 
 
+def test_request_that_is_not_to_be_stored_leaves_nothing_and_reuses_what_is_there(engine):
+    assert engine.generate(tokens(100), max_tokens=30, store=False).usage.cached_tokens == 0
+    assert engine.cache.stats().hot.blocks_cached == 0
+    assert engine.generate(tokens(100), max_tokens=1).usage.cached_tokens == 0
+    longer = tokens(100) + tokens(50, seed=2)
+    assert engine.generate(longer, max_tokens=1, store=False).usage.cached_tokens == 96
+    assert engine.generate(longer, max_tokens=1, store=False).usage.cached_tokens == 96
+
+
 def test_single_token_prompt_is_answered(engine):
     assert len(engine.generate([5], max_tokens=3).token_ids) == 3
 
@@ -353,6 +362,7 @@ def test_bad_chat_prompt_is_named(chat_engine, prompt):
         ({"stop": [""]}, "stop="),
         ({"stop": ["x"]}, "no tokenizer"),
         ({"logprobs": 3}, "logprobs=3"),
+        ({"store": None}, "store=None"),
         ({"cache_salt": 5}, "cache_salt=5"),
     ],
 )

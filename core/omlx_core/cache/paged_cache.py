@@ -39,12 +39,14 @@ class BlockTable:
         token_ids: the tokens covered by `blocks`.
         blocks: the blocks, each held by one reference of this table.
         num_committed: how many leading blocks are published.
+        num_saved: how many leading blocks the SSD tier has, or has taken in hand; `TieredCache` keeps count.
     """
 
     extra_keys: tuple[str, ...] = ()
     token_ids: list[int] = field(default_factory=list)
     blocks: list[CacheBlock] = field(default_factory=list)
     num_committed: int = 0
+    num_saved: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -243,6 +245,7 @@ class PagedCacheManager:
         del table.blocks[num_blocks:]
         del table.token_ids[num_blocks * self.block_size :]
         table.num_committed = min(table.num_committed, num_blocks)
+        table.num_saved = min(table.num_saved, num_blocks)
 
     def fork_block_table(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks, sharing the partial last one until either writes to it."""
@@ -250,7 +253,11 @@ class PagedCacheManager:
             for block in table.blocks:
                 self._pool.acquire(block)
         return BlockTable(
-            table.extra_keys, list(table.token_ids), list(table.blocks), num_committed=table.num_committed
+            table.extra_keys,
+            list(table.token_ids),
+            list(table.blocks),
+            num_committed=table.num_committed,
+            num_saved=table.num_saved,
         )
 
     def free_block_table(self, table: BlockTable) -> None:
@@ -260,7 +267,7 @@ class PagedCacheManager:
                 self._pool.release(block)
         table.blocks.clear()
         table.token_ids.clear()
-        table.num_committed = 0
+        table.num_committed = table.num_saved = 0
 
     def stats(self) -> HotCacheStats:
         """Counters and sizes at this moment."""

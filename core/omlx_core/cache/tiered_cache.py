@@ -1,18 +1,24 @@
 """Both tiers behind four verbs: match, restore, store, release.
 
-A block's content is in RAM, on SSD, or on its way there (the SSD tier's write queue keeps it); never nowhere. Losing
-the race for space or finding a file damaged costs a recomputation, nothing else.
+A block's content is in RAM, on SSD, or on its way there (the SSD tier's write queue keeps it); never nowhere. While
+that queue is full, a released sequence is held in RAM until all of it has been taken in hand: nothing is dropped, and
+nothing waits. Losing the race for space or finding a file damaged costs a recomputation, nothing else.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from omlx_core.cache.paged_cache import BlockTable, FullBlock, HotCacheStats, PagedCacheManager
+from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.paged_cache import BlockTable, HotCacheStats, PagedCacheManager
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
+from omlx_core.errors import CacheInvariantError
 
 _NUM_IO_THREADS = 4
 
@@ -97,6 +103,10 @@ class TieredCache:
     def __init__(self, paged: PagedCacheManager, ssd: PagedSSDCacheManager | None = None) -> None:
         self._paged = paged
         self._ssd = ssd
+        self._unsaved: deque[BlockTable] = deque()
+        self._is_all_in_hand = threading.Event()
+        self._is_all_in_hand.set()
+        self._wake: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_NUM_IO_THREADS, thread_name_prefix="omlx-read") if ssd else None
         self._matched_tokens_hot = 0
         self._matched_tokens_cold = 0
@@ -124,7 +134,9 @@ class TieredCache:
                 tokens = self._tokens_of(table, position)
                 contents.append(self._readers.submit(self._ssd.load_block, block.block_hash, tokens))
         if self._ssd is not None:
-            self._refill_cold(table, self._ssd)
+            # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
+            # be continued on SSD, where a child is written only after its parent.
+            self._hand_over(table, self._ssd)
             self._ssd.touch([block.block_hash for block in table.blocks if block.block_hash is not None])
         return PendingRestore(table, contents)
 
@@ -165,13 +177,37 @@ class TieredCache:
             # One at a time: what is copied but finds no room would be copied again at every later call.
             start = full.position * self.block_size
             [payload] = capture([(start, start + self.block_size)])
-            in_cold_tier = self._ssd is not None and self._save(self._ssd, full, payload)
+            in_cold_tier = False
+            if self._ssd is not None and self._hand_over(table, self._ssd) and table.num_saved == full.position:
+                in_cold_tier = self._save(self._ssd, full.block_hash, full.parent_hash, full.token_ids, payload)
             if not self._paged.commit_block(table, full, payload, in_cold_tier=in_cold_tier):
                 return
+            table.num_saved += in_cold_tier
 
     def release(self, table: BlockTable) -> None:
-        """Let go of a table's blocks; they stay cached until they are evicted."""
-        self._paged.free_block_table(table)
+        """Let go of a table's blocks, once the SSD tier has them in hand; they stay cached until they are evicted."""
+        if self._ssd is None:
+            self._paged.free_block_table(table)
+            return
+        self._paged.truncate(table, table.num_committed)
+        # In line first: a write that finishes from here on wakes the thread that serves it.
+        self._is_all_in_hand.clear()
+        self._unsaved.append(table)
+        self.retry_unsaved()
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        """Say how to have `retry_unsaved` called; `wake` is called from the SSD tier's thread."""
+        self._wake = wake
+
+    def retry_unsaved(self) -> None:
+        """Hand released sequences to the SSD tier as far as its queue has room."""
+        while self._ssd is not None and self._unsaved:
+            table = self._unsaved[0]
+            if not self._hand_over(table, self._ssd):
+                return
+            self._unsaved.popleft()
+            self._paged.free_block_table(table)
+        self._is_all_in_hand.set()
 
     def stats(self) -> CacheStats:
         """Counters and sizes at this moment."""
@@ -190,7 +226,12 @@ class TieredCache:
         Returns:
             False if `timeout_s` ran out first.
         """
-        return self._ssd.flush(timeout_s) if self._ssd else True
+        if self._ssd is None:
+            return True
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._is_all_in_hand.wait(timeout_s):
+            return False
+        return self._ssd.flush(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
 
     def check(self) -> None:
         """Verify the invariants of the hot tier; for tests.
@@ -200,36 +241,58 @@ class TieredCache:
         """
         self._paged.check()
 
-    def close(self) -> None:
-        """Flush and stop the I/O threads. Idempotent."""
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Flush, for `timeout_s` at the most, and stop the I/O threads. Idempotent.
+
+        The thread that calls match, restore, store and release must have stopped.
+        """
+        deadline_s = time.monotonic() + timeout_s
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
         if self._ssd is not None:
-            self._ssd.close()
+            while self._unsaved and self._ssd.flush(max(0.0, deadline_s - time.monotonic())):
+                self.retry_unsaved()
+            self._ssd.close(max(0.0, deadline_s - time.monotonic()))
 
     def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
 
-    def _save(self, ssd: PagedSSDCacheManager, full: FullBlock, payload: BlockPayload) -> bool:
-        """Hand a block to the SSD tier, unless it would be dropped there for want of its parent."""
-        if full.parent_hash is not None and not ssd.has_block(full.parent_hash):
-            return False
-        return ssd.save_block(full.block_hash, full.parent_hash, full.token_ids, payload)
+    def _hand_over(self, table: BlockTable, ssd: PagedSSDCacheManager) -> bool:
+        """Have the SSD tier take in hand what it lacks of a table's published blocks, in order.
 
-    def _refill_cold(self, table: BlockTable, ssd: PagedSSDCacheManager) -> None:
-        """Write what the SSD tier had no room for, or has evicted, and is still in RAM.
-
-        Without it, a chain that lives in RAM could never be continued on SSD: a child is written only after its
-        parent. For the same reason the first block that can't be had ends it.
+        Returns:
+            False if its queue is full now, so that trying again makes sense. What it refuses for another reason, or
+            what is no longer in RAM, ends the chain there.
         """
-        parent_hash = None
-        for position, block in enumerate(table.blocks):
-            block_hash, payload = block.block_hash, block.payload
-            if block_hash is None:
-                return
-            if not ssd.has_block(block_hash) and (
-                payload is None
-                or not ssd.save_block(block_hash, parent_hash, self._tokens_of(table, position), payload)
-            ):
-                return
-            parent_hash = block_hash
+        while table.num_saved < table.num_committed:
+            position = table.num_saved
+            block = table.blocks[position]
+            if block.block_hash is None:
+                raise CacheInvariantError(f"block {position} of {table.num_committed} published ones has no hash")
+            if not ssd.has_block(block.block_hash):
+                if block.payload is None:
+                    return True
+                parent_hash = table.blocks[position - 1].block_hash if position else None
+                tokens = self._tokens_of(table, position)
+                if not self._save(ssd, block.block_hash, parent_hash, tokens, block.payload):
+                    return ssd.stats().queued_blocks == 0
+            table.num_saved += 1
+        return True
+
+    def _save(
+        self,
+        ssd: PagedSSDCacheManager,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None,
+        token_ids: Sequence[int],
+        payload: BlockPayload,
+    ) -> bool:
+        """Queue a block for writing, unless it would be dropped there for want of its parent."""
+        if parent_hash is not None and not ssd.has_block(parent_hash):
+            return False
+        return ssd.save_block(block_hash, parent_hash, token_ids, payload, on_complete=self._on_written)
+
+    def _on_written(self, block_hash: BlockHash, is_on_disk: bool) -> None:
+        del block_hash, is_on_disk  # either way the queue has room again
+        if self._unsaved:
+            self._wake()

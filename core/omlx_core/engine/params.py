@@ -29,6 +29,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     logprobs: bool
     cache_salt: str | None
+    store: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class GenerationParams:
         stop: texts that end the answer; none of them is ever part of it.
         logprobs: return the log-probability of each generated token.
         cache_salt: requests of different salt never share a cached prefix.
+        store: keep what this request computes in the cache; what is there already is reused either way.
     """
 
     max_tokens: int = 256
@@ -56,6 +58,7 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     cache_salt: str | None = None
+    store: bool = True
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> GenerationParams:
@@ -87,8 +90,9 @@ class GenerationParams:
             _check_number("seed", self.seed, int, low=0, high=2**64 - 1)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InvalidParameterError(f"stop={self.stop!r}: give one or more non-empty strings")
-        if not isinstance(self.logprobs, bool):
-            raise InvalidParameterError(f"logprobs={self.logprobs!r}: give True or False")
+        for name in ("logprobs", "store"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameterError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise InvalidParameterError(f"cache_salt={self.cache_salt!r}: give a string or None")
 

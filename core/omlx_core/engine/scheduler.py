@@ -109,6 +109,7 @@ class Scheduler:
             codec: how to cut the model's state into blocks; None runs it uncached.
         """
         self._model, self._end_token_ids, self._cache, self._codec = model, end_token_ids, cache, codec
+        cache.on_progress(self.wake)
 
     def _run(self) -> None:
         try:
@@ -125,6 +126,8 @@ class Scheduler:
                 break
             try:
                 self._drop_cancelled()
+                if self._cache is not None:
+                    self._cache.retry_unsaved()
                 self._advance_prefill()
                 self._decode()
             except Exception as exc:  # the thread must outlive whatever one step does
@@ -294,6 +297,8 @@ class Scheduler:
             self._cache.append_tokens(request.table, token_ids)
 
     def _store(self, request: Request, prompt_cache: PromptCache | None) -> None:
+        if not request.params.store:
+            return
         if self._cache is not None and self._codec is not None and request.table is not None and prompt_cache:
             self._cache.store(request.table, partial(self._codec.capture, prompt_cache))
 
