@@ -13,6 +13,7 @@ from omlx_core import CacheSettings, GenerationParams, GenerationResult
 from omlx_core.engine import shared
 from omlx_core.engine.params import GenerationOptions
 from omlx_core.errors import InvalidPromptError, UnknownParameterError
+from omlx_plugins.plugins import forward_cache_events
 
 if TYPE_CHECKING:
     from omlx_core import Engine
@@ -95,15 +96,15 @@ class BaseOMLX(BaseModel):
 
     def get_engine(self) -> Engine:
         """The engine behind this model; loads the model on first use, which blocks."""
-        if self.engine is not None:
-            return self.engine
-        return shared.get_shared_engine(self.model, self.adapter_path, self.kv_cache)
+        engine = self.engine or shared.get_shared_engine(self.model, self.adapter_path, self.kv_cache)
+        forward_cache_events(engine)
+        return engine
 
     async def aget_engine(self) -> Engine:
         """As `get_engine`; a load runs on a thread and leaves the event loop free."""
-        if self.engine is not None:
-            return self.engine
-        return await shared.aget_shared_engine(self.model, self.adapter_path, self.kv_cache)
+        engine = self.engine or await shared.aget_shared_engine(self.model, self.adapter_path, self.kv_cache)
+        forward_cache_events(engine)
+        return engine
 
     def generation_options(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """This model's options for one request, with a call's own keywords on top.

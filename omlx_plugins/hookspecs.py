@@ -6,9 +6,12 @@ an implementation takes those that it wants.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
+
+if TYPE_CHECKING:
+    from omlx_core.cache.events import CacheEvent
 
 hookspec = pluggy.HookspecMarker("omlx")
 hookimpl = pluggy.HookimplMarker("omlx")
@@ -27,4 +30,12 @@ def omlx_register_adapters(register: RegisterAdapter) -> None:
 
     The target is what `omlx_plugins.get_llm` calls with the user's keyword arguments. Keep the framework's import
     out of the plugin's own module: every process that lists the adapters imports that one.
+    """
+
+
+@hookspec
+def omlx_cache_event(event: CacheEvent) -> None:
+    """Hear of a hit, a miss, or blocks stored, written, read, evicted or found corrupt, of every adapter's engine.
+
+    Called on a thread of its own, in order. What it raises is logged.
     """

@@ -10,15 +10,21 @@ import difflib
 import functools
 import importlib
 import re
+import threading
 import warnings
+import weakref
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from omlx_core.errors import MissingDependencyError, UnknownPluginError
 from omlx_plugins import hookspecs
+
+if TYPE_CHECKING:
+    from omlx_core import Engine
+    from omlx_core.cache.events import CacheEvent, Listener
 
 ENTRY_POINT_GROUP = "omlx"
 
@@ -70,7 +76,7 @@ class Adapter:
 
 def list_adapters() -> list[Adapter]:
     """Every registered adapter, by name. The search runs once in a process and imports no framework."""
-    return sorted(_discover().values(), key=lambda adapter: adapter.name)
+    return sorted(_discover().adapters.values(), key=lambda adapter: adapter.name)
 
 
 def get_llm(adapter: str, **kwargs: Any) -> Any:
@@ -84,7 +90,7 @@ def get_llm(adapter: str, **kwargs: Any) -> Any:
         UnknownPluginError: no adapter has that name.
         MissingDependencyError: the framework isn't installed.
     """
-    adapters = _discover()
+    adapters = _discover().adapters
     if adapter not in adapters:
         close = difflib.get_close_matches(adapter, adapters, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -93,22 +99,46 @@ def get_llm(adapter: str, **kwargs: Any) -> Any:
     return adapters[adapter].load()(**kwargs)
 
 
+def forward_cache_events(engine: Engine) -> None:
+    """Have every plugin that implements `omlx_cache_event` hear of an engine's events; once, however often called."""
+    with _forwarded_lock:
+        if engine in _forwarded:
+            return
+        _forwarded.add(engine)
+    for listener in _discover().listeners:
+        engine.cache.subscribe(listener)
+
+
+@dataclass(frozen=True, slots=True)
+class _Discovery:
+    adapters: dict[str, Adapter]
+    listeners: list[Listener]
+
+
+_forwarded: weakref.WeakSet[Engine] = weakref.WeakSet()
+_forwarded_lock = threading.Lock()
+
+
 @functools.cache
-def _discover() -> dict[str, Adapter]:
-    """The adapters of all entry points.
+def _discover() -> _Discovery:
+    """The adapters and the listeners of all entry points.
 
     Of two adapters of one name the first counts: this distribution's own, then in the order of the plugins' names,
     so that installing a plugin never replaces a built-in and the outcome doesn't depend on the file system.
     """
     adapters: dict[str, Adapter] = {}
+    listeners: list[Listener] = []
     for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_discovery_order):
         plugin = _plugin_name(entry_point)
         try:
-            registered = _registered_adapters(entry_point, plugin)
+            hooks = _load_hooks(entry_point, plugin)
+            registered = _registered_adapters(hooks, plugin)
         except Exception as exc:
             reason = " ".join(f"{type(exc).__name__}: {exc}".split())
             _warn(f"the plugin {plugin!r} ({entry_point.value}) is left out: {reason}")
             continue
+        if hooks.omlx_cache_event.get_hookimpls():
+            listeners.append(functools.partial(_tell, hooks))
         for adapter in registered:
             first = adapters.setdefault(adapter.name, adapter)
             if first is not adapter:
@@ -116,16 +146,24 @@ def _discover() -> dict[str, Adapter]:
                     f"the adapter {adapter.name!r} of the plugin {plugin!r} is left out: {first.plugin!r} "
                     "registered that name first"
                 )
-    return adapters
+    return _Discovery(adapters, listeners)
 
 
-def _registered_adapters(entry_point: EntryPoint, plugin: str) -> list[Adapter]:
-    """Import one plugin, check its hooks and call them; nothing of a plugin that fails on the way remains."""
+def _load_hooks(entry_point: EntryPoint, plugin: str) -> pluggy.HookRelay:
+    """Import one plugin and check its hooks."""
     manager = pluggy.PluginManager("omlx")  # of its own: `check_pending` and the call then concern this plugin only
     manager.add_hookspecs(hookspecs)
     manager.register(entry_point.load(), plugin)
     manager.check_pending()  # without it, pluggy passes over a misspelled hook in silence
+    return manager.hook
 
+
+def _tell(hooks: pluggy.HookRelay, event: CacheEvent) -> None:
+    hooks.omlx_cache_event(event=event)
+
+
+def _registered_adapters(hooks: pluggy.HookRelay, plugin: str) -> list[Adapter]:
+    """Call a plugin for its adapters; nothing of one that fails on the way remains."""
     adapters: list[Adapter] = []
 
     def register(name: str, target: str, *, description: str = "") -> None:
@@ -133,7 +171,7 @@ def _registered_adapters(entry_point: EntryPoint, plugin: str) -> list[Adapter]:
             raise ValueError(f"the target {target!r} of {name!r} is not of the form 'package.module:attribute'")
         adapters.append(Adapter(name, target, description, plugin))
 
-    manager.hook.omlx_register_adapters(register=register)
+    hooks.omlx_register_adapters(register=register)
     return adapters
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
+from omlx_core.cache.events import EventBus
 from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
@@ -104,8 +105,16 @@ def hashes_of(token_ids: Sequence[int], extra_keys: Sequence[str] = ()) -> list[
 def make_cache(cold: FakeColdTier | PagedSSDCacheManager | None = None, hot_blocks: int | None = None) -> TieredCache:
     ssd = cast("PagedSSDCacheManager | None", cold)
     hot_max_bytes = None if hot_blocks is None else hot_blocks * BLOCK_BYTES
-    paged = PagedCacheManager(NAMESPACE, block_size=BLOCK_SIZE, initial_blocks=4, hot_max_bytes=hot_max_bytes, cold=ssd)
-    return TieredCache(paged, ssd)
+    events = EventBus(NAMESPACE)
+    paged = PagedCacheManager(
+        NAMESPACE,
+        block_size=BLOCK_SIZE,
+        initial_blocks=4,
+        hot_max_bytes=hot_max_bytes,
+        cold=ssd,
+        events=events,
+    )
+    return TieredCache(paged, ssd, events)
 
 
 @dataclass
@@ -556,6 +565,33 @@ def test_close_hands_over_what_a_full_queue_has_kept_waiting(cold: FakeColdTier)
     cache.close()
     assert cold.saved == hashes_of([1, 2, 3, 4, 5, 6])
     assert cache.stats().hot.blocks_in_use == 0
+
+
+def test_listeners_hear_of_misses_stores_hits_restores_and_evictions_in_order(cold: FakeColdTier) -> None:
+    heard: list[tuple[str, str, int, int]] = []
+
+    def listen(cache: TieredCache) -> TieredCache:
+        cache.subscribe(lambda event: heard.append((event.kind, event.tier, event.num_blocks, event.size_bytes)))
+        return cache
+
+    cache = listen(make_cache(cold))
+    serve(cache, [1, 2, 3, 4, 5])
+    serve(cache, [1, 2, 3, 4, 5])
+    cache.close()
+    stored = ("store", "hot", 1, BLOCK_BYTES)
+    assert heard == [("miss", "cold", 2, 0), stored, stored, ("hit", "hot", 2, 2 * BLOCK_BYTES)]
+    heard.clear()
+    cache = listen(restart(cold, hot_blocks=1))
+    serve(cache, [1, 2, 9])
+    serve(cache, [7, 8, 9])
+    cache.close()
+    assert heard == [
+        ("hit", "cold", 1, BLOCK_BYTES),
+        ("restore", "cold", 1, BLOCK_BYTES),
+        ("miss", "cold", 1, 0),
+        ("evict", "hot", 1, BLOCK_BYTES),
+        stored,
+    ]
 
 
 def test_what_was_read_from_ssd_is_kept_in_ram(cold: FakeColdTier) -> None:

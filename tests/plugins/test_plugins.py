@@ -209,3 +209,24 @@ def test_without_the_framework_the_error_names_the_extra(adapter, package, attri
 def test_a_name_that_a_package_does_not_have_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match="Nothing"):
         getattr(importlib.import_module(package), "Nothing")  # noqa: B009 - the access is what is tested
+
+
+def test_plugins_hear_of_the_cache_events_of_an_engine_once(install, plugin):
+    heard: list[Any] = []
+
+    @hookimpl
+    def omlx_cache_event(event: Any) -> None:
+        heard.append(event)
+
+    install(plugin("listener", omlx_cache_event=omlx_cache_event))
+    listeners: list[Callable[[Any], None]] = []
+
+    class FakeEngine:
+        cache = types.SimpleNamespace(subscribe=listeners.append)
+
+    engine = FakeEngine()
+    plugins.forward_cache_events(engine)
+    plugins.forward_cache_events(engine)
+    [listener] = listeners
+    listener("event")
+    assert heard == ["event"]

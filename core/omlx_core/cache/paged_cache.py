@@ -15,6 +15,7 @@ from typing import Protocol
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
+from omlx_core.cache.events import EventBus
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -106,6 +107,7 @@ class PagedCacheManager:
         hot_max_bytes: most payload bytes in RAM; None is no limit.
         max_blocks: most block records; None is no limit.
         cold: index of the SSD tier, if there is one.
+        events: where to tell of blocks stored, restored and evicted.
     """
 
     def __init__(
@@ -117,11 +119,13 @@ class PagedCacheManager:
         hot_max_bytes: int | None = None,
         max_blocks: int | None = None,
         cold: ColdTierIndex | None = None,
+        events: EventBus | None = None,
     ) -> None:
         self.block_size = block_size
         self._namespace = namespace
         self._hot_max_bytes = hot_max_bytes
         self._cold = cold
+        self._events = EventBus() if events is None else events
         self._pool = BlockPool(initial_blocks, max_blocks)
         self._lock = threading.Lock()
         self._num_promotions = 0
@@ -228,6 +232,7 @@ class PagedCacheManager:
                 return False
             if block.payload is None and self._make_room(payload.size_bytes):
                 self._pool.attach(block, payload)
+                self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
             return True
 
     def promote(self, block: CacheBlock, payload: BlockPayload) -> None:
@@ -236,6 +241,7 @@ class PagedCacheManager:
             if block.block_hash is not None and block.payload is None and self._make_room(payload.size_bytes):
                 self._pool.attach(block, payload)
                 self._num_promotions += 1
+                self._events.publish("restore", "cold", num_blocks=1, size_bytes=payload.size_bytes)
 
     def truncate(self, table: BlockTable, num_blocks: int) -> None:
         """Let go of all blocks of a table but the first `num_blocks`, whose content turned out to be gone."""
@@ -355,7 +361,9 @@ class PagedCacheManager:
             return True
         if self._pool.hot_bytes - self._pool.evictable_bytes + size_bytes > self._hot_max_bytes:
             return False
-        while self._pool.hot_bytes + size_bytes > self._hot_max_bytes:
-            if not self._pool.evict_least_recently_used():
-                return False
-        return True
+        num_blocks, before_bytes = 0, self._pool.hot_bytes
+        while self._pool.hot_bytes + size_bytes > self._hot_max_bytes and self._pool.evict_least_recently_used():
+            num_blocks += 1
+        freed_bytes = before_bytes - self._pool.hot_bytes
+        self._events.publish("evict", "hot", num_blocks=num_blocks, size_bytes=freed_bytes)
+        return self._pool.hot_bytes + size_bytes <= self._hot_max_bytes

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.paged_cache import BlockTable, HotCacheStats, PagedCacheManager
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
@@ -98,11 +99,15 @@ class TieredCache:
     Args:
         paged: the hot tier.
         ssd: the SSD tier, if it is on.
+        events: where to tell of hits and misses; the tiers tell of the rest.
     """
 
-    def __init__(self, paged: PagedCacheManager, ssd: PagedSSDCacheManager | None = None) -> None:
+    def __init__(
+        self, paged: PagedCacheManager, ssd: PagedSSDCacheManager | None = None, events: EventBus | None = None
+    ) -> None:
         self._paged = paged
         self._ssd = ssd
+        self._events = EventBus() if events is None else events
         self._unsaved: deque[BlockTable] = deque()
         self._is_all_in_hand = threading.Event()
         self._is_all_in_hand.set()
@@ -146,7 +151,13 @@ class TieredCache:
         table = pending.table
         self._lost_blocks += len(table.blocks) - len(payloads)
         self._paged.truncate(table, len(payloads))
-        hot_tokens = pending.num_hot_blocks * self.block_size
+        num_hot = pending.num_hot_blocks
+        hot, cold = payloads[:num_hot], payloads[num_hot:]
+        self._events.publish("hit", "hot", num_blocks=num_hot, size_bytes=_size_bytes(hot))
+        self._events.publish("hit", "cold", num_blocks=len(cold), size_bytes=_size_bytes(cold))
+        num_missed = (num_prompt_tokens - table.num_tokens) // self.block_size
+        self._events.publish("miss", "cold" if self._ssd else "hot", num_blocks=num_missed, size_bytes=0)
+        hot_tokens = num_hot * self.block_size
         self._matched_tokens_hot += hot_tokens
         self._matched_tokens_cold += table.num_tokens - hot_tokens
         self._missed_tokens += num_prompt_tokens - table.num_tokens
@@ -209,6 +220,14 @@ class TieredCache:
             self._paged.free_block_table(table)
         self._is_all_in_hand.set()
 
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Have a listener called with every `CacheEvent` from now on, on a thread of its own.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        return self._events.subscribe(listener)
+
     def stats(self) -> CacheStats:
         """Counters and sizes at this moment."""
         return CacheStats(
@@ -253,6 +272,7 @@ class TieredCache:
             while self._unsaved and self._ssd.flush(max(0.0, deadline_s - time.monotonic())):
                 self.retry_unsaved()
             self._ssd.close(max(0.0, deadline_s - time.monotonic()))
+        self._events.close()
 
     def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
@@ -296,3 +316,7 @@ class TieredCache:
         del block_hash, is_on_disk  # either way the queue has room again
         if self._unsaved:
             self._wake()
+
+
+def _size_bytes(payloads: Sequence[BlockPayload]) -> int:
+    return sum(payload.size_bytes for payload in payloads)

@@ -9,6 +9,7 @@ import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
 
 from omlx_core.cache.block_hash import hash_namespace
+from omlx_core.cache.events import EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.tiered_cache import TieredCache
@@ -52,6 +53,7 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
         layer_layout=codec.layout if codec else [],
     )
     namespace = hash_namespace(description)
+    events = EventBus(namespace)
     ssd = None
     location = settings.prepare_ssd_cache_dir() if codec else None
     if location is not None:
@@ -65,5 +67,6 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
         initial_blocks=settings.initial_cache_blocks,
         hot_max_bytes=settings.hot_cache_max_bytes,
         cold=ssd,
+        events=events,
     )
-    return TieredCache(paged, ssd), codec
+    return TieredCache(paged, ssd, events), codec
