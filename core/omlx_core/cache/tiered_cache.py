@@ -119,6 +119,11 @@ class TieredCache:
         self._lost_blocks = 0
 
     @property
+    def ssd(self) -> PagedSSDCacheManager | None:
+        """The SSD tier, for its maintenance; None if it is off."""
+        return self._ssd
+
+    @property
     def block_size(self) -> int:
         """Tokens per block."""
         return self._paged.block_size
