@@ -17,6 +17,9 @@ ENVIRONMENT = {
     "hot_cache_max_size": ("2GB", "2GB"),
     "paged_ssd_cache_dir": ("/from/environment", Path("/from/environment")),
     "paged_ssd_cache_max_size": ("5GB", "5GB"),
+    "ssd_min_free": ("1GB", "1GB"),
+    "ssd_write_budget": ("50GB", "50GB"),
+    "ssd_read_only": ("true", True),
     "no_cache": ("true", True),
 }
 ARGUMENTS: dict[str, Any] = {
@@ -25,6 +28,9 @@ ARGUMENTS: dict[str, Any] = {
     "hot_cache_max_size": 4096,
     "paged_ssd_cache_dir": Path("/from/argument"),
     "paged_ssd_cache_max_size": "50%",
+    "ssd_min_free": "10%",
+    "ssd_write_budget": 10**10,
+    "ssd_read_only": False,
     "no_cache": False,
 }
 
@@ -89,7 +95,9 @@ def test_percent_of_the_ssd_tier_is_of_its_volume() -> None:
     assert CacheSettings(paged_ssd_cache_max_size="20%").ssd_cache_max_bytes(volume_bytes=1000) == 200
 
 
-@pytest.mark.parametrize("setting", ["hot_cache_max_size", "paged_ssd_cache_max_size"])
+@pytest.mark.parametrize(
+    "setting", ["hot_cache_max_size", "paged_ssd_cache_max_size", "ssd_min_free", "ssd_write_budget"]
+)
 @pytest.mark.parametrize("value", ["12 bananas", "-1", -1, "150%", "", "auto", True, "2G"])
 def test_a_bad_size_fails_where_it_is_written(setting: str, value: Any) -> None:
     with pytest.raises(InvalidSettingError, match=setting) as raised:
@@ -108,6 +116,28 @@ def test_a_bad_size_in_the_environment_fails_alike(monkeypatch: pytest.MonkeyPat
 def test_an_ssd_tier_without_room_is_refused(value: Any) -> None:
     with pytest.raises(InvalidSettingError, match="leave out paged_ssd_cache_dir"):
         CacheSettings(paged_ssd_cache_max_size=value)
+
+
+@pytest.mark.parametrize(
+    ("volume_bytes", "min_free_bytes"), [(10**11, 5 * 10**9), (2 * 10**11, 10**10), (10**13, 10**10)]
+)
+def test_the_ssd_tier_leaves_5_percent_or_10_gb_free_whichever_is_less(volume_bytes: int, min_free_bytes: int) -> None:
+    assert CacheSettings().ssd_min_free_bytes(volume_bytes) == min_free_bytes
+
+
+def test_the_ssd_tier_may_be_told_to_leave_nothing_free() -> None:
+    assert CacheSettings(ssd_min_free=0).ssd_min_free_bytes(10**11) == 0
+
+
+def test_writing_is_not_limited_unless_a_budget_is_given() -> None:
+    assert CacheSettings().ssd_write_budget_bytes(10**11) is None
+    assert CacheSettings(ssd_write_budget="0.5%").ssd_write_budget_bytes(10**11) == 5 * 10**8
+
+
+@pytest.mark.parametrize("value", [0, "0", "0GB", "0%"])
+def test_a_write_budget_of_nothing_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidSettingError, match="ssd_read_only"):
+        CacheSettings(ssd_write_budget=value)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +179,8 @@ class TestDirectoryOfTheSSDTier:
 
         prepared = CacheSettings(paged_ssd_cache_dir=path, paged_ssd_cache_max_size="1GB").prepare_ssd_cache_dir()
 
-        assert prepared == (path, 10**9)
+        assert prepared is not None
+        assert (prepared.directory, prepared.max_size_bytes) == (path, 10**9)
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
     def test_may_be_a_string(self, tmp_path: Path) -> None:
@@ -158,13 +189,13 @@ class TestDirectoryOfTheSSDTier:
         prepared = settings.prepare_ssd_cache_dir()
 
         assert prepared is not None
-        assert prepared[0] == tmp_path
+        assert prepared.directory == tmp_path
 
     def test_auto_is_under_the_user_cache_directory(self, isolated_environment: Path) -> None:
         prepared = CacheSettings(paged_ssd_cache_dir="auto").prepare_ssd_cache_dir()
 
         assert prepared is not None
-        assert prepared[0] == user_cache_dir() / "kv" == isolated_environment / "kv"
+        assert prepared.directory == user_cache_dir() / "kv" == isolated_environment / "kv"
 
     def test_may_begin_with_a_tilde(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -172,7 +203,7 @@ class TestDirectoryOfTheSSDTier:
         prepared = CacheSettings(paged_ssd_cache_dir="~/kv").prepare_ssd_cache_dir()
 
         assert prepared is not None
-        assert prepared[0] == tmp_path / "kv"
+        assert prepared.directory == tmp_path / "kv"
 
     def test_is_not_created_without_a_cache(self, tmp_path: Path) -> None:
         path = tmp_path / "kv"
@@ -196,4 +227,21 @@ class TestDirectoryOfTheSSDTier:
         prepared = settings.prepare_ssd_cache_dir()
 
         assert prepared is not None
-        assert prepared[1] == int(volume.f_frsize * volume.f_blocks * 10 / 100)
+        assert prepared.max_size_bytes == int(volume.f_frsize * volume.f_blocks * 10 / 100)
+
+    def test_is_not_created_for_reading_only(self, tmp_path: Path) -> None:
+        path = tmp_path / "kv"
+
+        prepared = CacheSettings(paged_ssd_cache_dir=path, ssd_read_only=True).prepare_ssd_cache_dir()
+
+        assert prepared is not None
+        assert (prepared.directory, prepared.read_only) == (path, True)
+        assert not path.exists()
+
+    def test_brings_the_limits_of_its_volume(self, tmp_path: Path) -> None:
+        settings = CacheSettings(paged_ssd_cache_dir=tmp_path, ssd_min_free="1GB", ssd_write_budget="2GB")
+
+        prepared = settings.prepare_ssd_cache_dir()
+
+        assert prepared is not None
+        assert (prepared.min_free_bytes, prepared.write_budget_bytes, prepared.read_only) == (10**9, 2 * 10**9, False)

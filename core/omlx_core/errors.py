@@ -6,6 +6,8 @@
     ├── InvalidRequestError (ValueError)      what the caller asked for can't be done; nothing has changed
     │   ├── InvalidPromptError                empty, not token ids, not messages, beyond the context
     │   ├── InvalidParameterError             a sampling value out of range
+    │   ├── MissingBlocksError (LookupError)  blocks to be exported are not on disk
+    │   ├── ForeignExportError                an exported prefix belongs to another model
     │   └── UnknownParameterError (TypeError) a keyword that doesn't exist
     ├── InvalidSettingError (ValueError)      a size, a path or a combination of settings
     │   └── CacheDirectoryError (OSError)     the SSD tier's folder can't be created or written
@@ -46,6 +48,14 @@ class InvalidParameterError(InvalidRequestError):
 
 class UnknownParameterError(InvalidRequestError, TypeError):
     """A generation parameter of that name doesn't exist."""
+
+
+class MissingBlocksError(InvalidRequestError, LookupError):
+    """Blocks that should be exported are not on disk."""
+
+
+class ForeignExportError(InvalidRequestError):
+    """An exported prefix belongs to another model, or to the same one kept in another way."""
 
 
 class InvalidSettingError(OMLXError, ValueError):

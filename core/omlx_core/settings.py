@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,23 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from omlx_core.errors import CacheDirectoryError, InvalidSettingError
 from omlx_core.sizes import parse_size_bytes, total_memory_bytes
 
+_NOMINAL_VOLUME_BYTES = 1000**4  # for checking percentages before the volume is known
+
 
 def user_cache_dir() -> Path:
     """This project's folder under the user's cache directory."""
     return Path(platformdirs.user_cache_dir("omlx-plugins"))
+
+
+@dataclass(frozen=True, slots=True)
+class SSDCacheLocation:
+    """Where the SSD tier is, and what it may take there; see `PagedSSDCacheManager`."""
+
+    directory: Path
+    max_size_bytes: int
+    min_free_bytes: int
+    write_budget_bytes: int | None
+    read_only: bool
 
 
 class _Settings(BaseSettings):
@@ -48,6 +62,11 @@ class CacheSettings(_Settings):
             turns the tier off.
         paged_ssd_cache_max_size: most bytes in that folder, over all models: bytes, ``"100GB"`` or ``"20%"`` of
             the volume.
+        ssd_min_free: while less than this would be free on the volume, nothing is written: bytes, ``"10GB"`` or
+            ``"5%"`` of the volume. None means 5 % or 10 GB, whichever is less.
+        ssd_write_budget: most bytes written to that folder in 24 hours, over all processes: bytes, ``"50GB"`` or a
+            percentage of the volume. None means no limit.
+        ssd_read_only: serve what is in that folder and never write to it.
         no_cache: turn both tiers off.
 
     Raises:
@@ -59,6 +78,9 @@ class CacheSettings(_Settings):
     hot_cache_max_size: StrictInt | str | None = None  # strict: True is no size
     paged_ssd_cache_dir: Path | None = None
     paged_ssd_cache_max_size: StrictInt | str = "100GB"
+    ssd_min_free: StrictInt | str | None = None
+    ssd_write_budget: StrictInt | str | None = None
+    ssd_read_only: bool = False
     no_cache: bool = False
 
     if not TYPE_CHECKING:
@@ -67,10 +89,16 @@ class CacheSettings(_Settings):
             super().__init__(**values)
             # Sizes are read once here, so that a bad one fails where it was written.
             _ = self.hot_cache_max_bytes
-            if self.ssd_cache_max_bytes(volume_bytes=100) == 0:
+            if self.ssd_cache_max_bytes(volume_bytes=_NOMINAL_VOLUME_BYTES) == 0:
                 raise InvalidSettingError(
                     f"paged_ssd_cache_max_size={self.paged_ssd_cache_max_size!r} leaves no room for a block: give "
                     "it a size, or leave out paged_ssd_cache_dir to turn the SSD tier off"
+                )
+            _ = self.ssd_min_free_bytes(volume_bytes=_NOMINAL_VOLUME_BYTES)
+            if self.ssd_write_budget_bytes(volume_bytes=_NOMINAL_VOLUME_BYTES) == 0:
+                raise InvalidSettingError(
+                    f"ssd_write_budget={self.ssd_write_budget!r} lets no block be written: give it a size, leave it "
+                    "out for no limit, or set ssd_read_only"
                 )
 
     @property
@@ -91,11 +119,23 @@ class CacheSettings(_Settings):
             percent_of_bytes=volume_bytes,
         )
 
-    def prepare_ssd_cache_dir(self) -> tuple[Path, int] | None:
-        """Create the SSD tier's folder.
+    def ssd_min_free_bytes(self, volume_bytes: int) -> int:
+        """How much the SSD tier leaves free on a volume of that size, in bytes."""
+        if self.ssd_min_free is None:
+            return min(volume_bytes // 20, 10 * 1000**3)
+        return parse_size_bytes(self.ssd_min_free, setting="ssd_min_free", percent_of_bytes=volume_bytes)
+
+    def ssd_write_budget_bytes(self, volume_bytes: int) -> int | None:
+        """What the SSD tier may write in 24 hours to a volume of that size, in bytes; None is no limit."""
+        if self.ssd_write_budget is None:
+            return None
+        return parse_size_bytes(self.ssd_write_budget, setting="ssd_write_budget", percent_of_bytes=volume_bytes)
+
+    def prepare_ssd_cache_dir(self) -> SSDCacheLocation | None:
+        """Create the SSD tier's folder, unless it is read-only.
 
         Returns:
-            The folder and its budget in bytes, or None if the tier is off.
+            Where it is and what it may take there, or None if the tier is off.
 
         Raises:
             CacheDirectoryError: the folder can't be created or is a file.
@@ -105,14 +145,21 @@ class CacheSettings(_Settings):
         path = self.paged_ssd_cache_dir
         path = user_cache_dir() / "kv" if str(path) == "auto" else path.expanduser()
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            volume_bytes = shutil.disk_usage(path).total
+            if not self.ssd_read_only:
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            volume_bytes = shutil.disk_usage(path).total if path.exists() else 0
         except OSError as exc:
             raise CacheDirectoryError(
                 f"paged_ssd_cache_dir={str(path)!r} can't be created ({exc.strerror or exc}): name a folder that "
                 "you may write to, or leave it out to cache in RAM only"
             ) from exc
-        return path, self.ssd_cache_max_bytes(volume_bytes)
+        return SSDCacheLocation(
+            path,
+            max_size_bytes=self.ssd_cache_max_bytes(volume_bytes),
+            min_free_bytes=self.ssd_min_free_bytes(volume_bytes),
+            write_budget_bytes=self.ssd_write_budget_bytes(volume_bytes),
+            read_only=self.ssd_read_only,
+        )
 
 
 class EngineSettings(_Settings):

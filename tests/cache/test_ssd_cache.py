@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 import weakref
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omlx_core.cache import ssd_budget, ssd_cache
+from omlx_core.cache import ssd_budget, ssd_cache, ssd_owner, ssd_publisher, ssd_writer
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
@@ -37,11 +36,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[BlockHash, bool]] = []
-        self.threads: set[str] = set()
 
     def __call__(self, block_hash: BlockHash, is_on_disk: bool) -> None:
         self.calls.append((block_hash, is_on_disk))
-        self.threads.add(threading.current_thread().name)
 
 
 class Gate:
@@ -57,50 +54,6 @@ class Gate:
 
 
 OpenCache = Callable[..., PagedSSDCacheManager]
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "kv"
-
-
-@pytest.fixture
-def open_cache(directory: Path) -> Iterator[OpenCache]:
-    caches: list[PagedSSDCacheManager] = []
-
-    def make(*, size: int = 10**9, namespace: NamespaceHash = NAMESPACE, **options: Any) -> PagedSSDCacheManager:
-        caches.append(
-            PagedSSDCacheManager(
-                directory, max_size_bytes=size, namespace=namespace, description={"model": "tiny"}, **options
-            )
-        )
-        return caches[-1]
-
-    yield make
-    for cache in caches:
-        cache.close()
-
-
-@pytest.fixture
-def cache(open_cache: OpenCache) -> PagedSSDCacheManager:
-    return open_cache()
-
-
-@pytest.fixture
-def save(make_payload: Callable[..., BlockPayload], make_hash: Callable[[object], BlockHash]) -> Callable[..., bool]:
-    """Store a block of a name under a parent's name, wait, and say whether it is on disk."""
-
-    def store(cache: PagedSSDCacheManager, name: object, parent: object = None, *, size_bytes: int = 64) -> bool:
-        done = Recorder()
-        parent_hash = None if parent is None else make_hash(parent)
-        payload = make_payload(zlib.crc32(repr(name).encode()), size_bytes)
-        assert cache.save_block(make_hash(name), parent_hash, TOKENS, payload, done)
-        assert cache.flush(WAIT_S)
-        assert [call[0] for call in done.calls] == [make_hash(name)]
-        assert done.threads == {"omlx-ssd-writer"}
-        return done.calls[0][1]
-
-    return store
 
 
 @pytest.fixture
@@ -255,7 +208,7 @@ def test_a_written_payload_is_not_kept_in_memory(cache, make_hash) -> None:
 def test_a_block_is_not_written_twice(open_cache, save, monkeypatch) -> None:
     first, second = open_cache(), open_cache()
     assert save(first, 1)
-    monkeypatch.setattr(ssd_cache, "write_block_file", None)
+    monkeypatch.setattr(ssd_publisher, "write_block_file", None)
     assert save(first, 1)
     assert save(second, 1)
     assert (first.stats().blocks_written, second.stats().blocks_written) == (1, 0)
@@ -263,14 +216,14 @@ def test_a_block_is_not_written_twice(open_cache, save, monkeypatch) -> None:
 
 def test_losing_the_race_to_publish_is_not_an_error(open_cache, save, monkeypatch, directory) -> None:
     first, second = open_cache(), open_cache()
-    write = ssd_cache.write_block_file
+    write = ssd_publisher.write_block_file
 
     def write_after_the_other(path: Path, block: Any) -> None:
-        monkeypatch.setattr(ssd_cache, "write_block_file", write)
+        monkeypatch.setattr(ssd_publisher, "write_block_file", write)
         assert save(second, 1)
         write(path, block)
 
-    monkeypatch.setattr(ssd_cache, "write_block_file", write_after_the_other)
+    monkeypatch.setattr(ssd_publisher, "write_block_file", write_after_the_other)
     assert save(first, 1)
     assert (first.stats().blocks_written, second.stats().blocks_written) == (0, 1)
     assert len(names_on_disk(directory)) == 1
@@ -290,14 +243,14 @@ def test_a_child_is_not_published_if_its_parent_goes_while_it_is_written(
     cache, save, make_hash, monkeypatch, directory
 ) -> None:
     save(cache, "parent")
-    write = ssd_cache.write_block_file
+    write = ssd_publisher.write_block_file
 
     def lose_parent(path: Path, block: Any) -> None:
         with cache._index.transaction():
             cache._index.remove(NAMESPACE, make_hash("parent"))
         write(path, block)
 
-    monkeypatch.setattr(ssd_cache, "write_block_file", lose_parent)
+    monkeypatch.setattr(ssd_publisher, "write_block_file", lose_parent)
     assert not save(cache, "child", "parent")
     assert not any(make_hash("child").hex() in name for name in names_on_disk(directory))
 
@@ -337,7 +290,7 @@ def test_close_writes_what_is_queued_and_refuses_more(cache, make_hash, make_pay
 def test_close_gives_up_in_time_and_says_so_to_every_caller(
     open_cache, make_hash, make_payload, caplog, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ssd_cache, "_GIVE_UP_S", 0.0)
+    monkeypatch.setattr(ssd_writer, "_GIVE_UP_S", 0.0)
     cache, gate, done = open_cache(), Gate(), Recorder()
     cache.save_block(make_hash("gate"), None, TOKENS, make_payload(), gate)
     assert gate.is_reached.wait(WAIT_S)
@@ -346,7 +299,7 @@ def test_close_gives_up_in_time_and_says_so_to_every_caller(
     cache.close(timeout_s=0.0)
     assert "given up" in caplog.text
     gate.open.set()
-    cache._writer.join(WAIT_S)
+    cache._writer._thread.join(WAIT_S)
     assert done.calls == [(make_hash(number), False) for number in range(3)]
 
 
@@ -397,14 +350,14 @@ def test_a_chain_in_hand_is_not_evicted_by_others_while_its_next_block_is_writte
     first, second = open_cache(size=3 * file_bytes), open_cache(size=3 * file_bytes)
     assert save(first, "a")
     assert save(first, "x")
-    write = ssd_cache.write_block_file
+    write = ssd_publisher.write_block_file
 
     def let_the_other_evict(path: Path, block: Any) -> None:
-        monkeypatch.setattr(ssd_cache, "write_block_file", write)
+        monkeypatch.setattr(ssd_publisher, "write_block_file", write)
         assert save(second, "y")
         write(path, block)
 
-    monkeypatch.setattr(ssd_cache, "write_block_file", let_the_other_evict)
+    monkeypatch.setattr(ssd_publisher, "write_block_file", let_the_other_evict)
     assert save(first, "ab", "a")
     assert [first.has_block(make_hash(name)) for name in ("a", "ab", "x", "y")] == [True, True, False, True]
 
@@ -435,14 +388,14 @@ def test_the_budget_holds_over_all_namespaces_at_every_moment(
     size = 3 * file_bytes
     caches = [open_cache(size=size), open_cache(size=size, namespace=OTHER)]
     largest = 0
-    write = ssd_cache.write_block_file
+    write = ssd_publisher.write_block_file
 
     def write_and_measure(path: Path, block: Any) -> None:
         nonlocal largest
         write(path, block)
         largest = max(largest, bytes_on_disk(directory))
 
-    monkeypatch.setattr(ssd_cache, "write_block_file", write_and_measure)
+    monkeypatch.setattr(ssd_publisher, "write_block_file", write_and_measure)
     for number in range(12):
         assert save(caches[number % 2], number)
     assert 2 * file_bytes < largest <= size
@@ -677,7 +630,7 @@ def test_a_write_error_is_counted_warned_of_once_and_leaves_nothing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(ssd_cache, "write_block_file", fail)
+        patch.setattr(ssd_publisher, "write_block_file", fail)
         assert not save(cache, 1)
         assert not save(cache, 2)
     assert names_on_disk(directory) == set()
@@ -686,6 +639,23 @@ def test_a_write_error_is_counted_warned_of_once_and_leaves_nothing(
     assert [record.levelno for record in caplog.records].count(logging.WARNING) == 1
     assert not cache.has_block(make_hash(1))
     assert save(cache, 1)
+
+
+def test_a_write_that_could_not_even_be_cleaned_up_is_cleaned_up_by_the_next(
+    cache, save, directory, monkeypatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._index, "insert", fail)
+        patch.setattr(cache._budget, "release", fail)
+        assert not save(cache, 1)
+    reserved_bytes = cache.stats().size_bytes
+    assert reserved_bytes
+    assert save(cache, 1)
+    assert cache.stats().size_bytes == reserved_bytes == bytes_on_disk(directory)
+    assert cache.check().is_clean
 
 
 def test_a_failure_after_the_rename_leaves_no_file_without_a_row(cache, save, directory, monkeypatch) -> None:
@@ -758,7 +728,7 @@ def leave_temporary_file(cache: PagedSSDCacheManager, block_hash: BlockHash, own
 
 
 def owner_with_pid(pid: int, host: str | None = None) -> str:
-    return f"{host or ssd_budget._host_id()}-{pid}-0123456789abcdef"
+    return f"{host or ssd_owner.host_id()}-{pid}-0123456789abcdef"
 
 
 @pytest.fixture

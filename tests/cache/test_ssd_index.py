@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from omlx_core.cache.block_file import BlockIdentity, encode_block, write_block_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
 from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.ssd_index import INDEX_NAME, SSDIndex
+from omlx_core.cache.ssd_index import SSDIndex
+from omlx_core.cache.ssd_index_view import INDEX_NAME, SCHEMA_VERSION
 from omlx_core.cache.ssd_layout import IndexEntry, UnpublishedFile, block_path, temporary_path
 from omlx_core.errors import BlockFileError, CacheDirectoryError
 
@@ -41,7 +43,7 @@ def insert(index: SSDIndex, *entries: IndexEntry) -> None:
 
 def eviction_order(index: SSDIndex) -> list[BlockHash]:
     with index.transaction():
-        everything = index.current_size_bytes()
+        everything = index.current_totals().size_bytes
         return [each.block_hash for each in index.least_recently_used(everything) or []]
 
 
@@ -192,7 +194,7 @@ def test_the_index_is_for_its_owner_only(index: SSDIndex, tmp_path: Path) -> Non
 def test_an_index_of_a_newer_version_is_refused_and_kept(tmp_path: Path) -> None:
     SSDIndex(tmp_path).close()
     connection = sqlite3.connect(tmp_path / INDEX_NAME)
-    connection.execute("PRAGMA user_version=2")
+    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
     connection.close()
     before = (tmp_path / INDEX_NAME).read_bytes()
     with pytest.raises(CacheDirectoryError, match="upgrade"):
@@ -331,5 +333,70 @@ def test_damage_found_while_in_use_is_repaired_by_the_next_opening(
     index = SSDIndex(tmp_path)
     try:
         assert eviction_order(index) == [make_hash("kept")]
+    finally:
+        index.close()
+
+
+def write_and_insert(index: SSDIndex, directory: Path, block_hash: BlockHash) -> None:
+    write_chain(directory, [block_hash], written_s=[0])
+    insert(index, entry(block_hash))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_delete, damage_garbage, damage_first_page, lambda path: path.rename(path.with_suffix(".away"))]
+)
+def test_an_index_that_goes_while_in_use_is_made_anew_by_a_later_transaction(
+    index: SSDIndex, tmp_path: Path, make_hash: Callable[[object], BlockHash], damage: Callable[[Path], None]
+) -> None:
+    write_and_insert(index, tmp_path, make_hash(1))
+    index.checkpoint()
+    damage(tmp_path / INDEX_NAME)
+    for _ in range(2):
+        index.contains(NAMESPACE, make_hash(1))
+        with contextlib.suppress(BlockFileError), index.transaction():
+            index.stamp(NAMESPACE, [make_hash(1)])
+    assert index.contains(NAMESPACE, make_hash(1))
+    write_and_insert(index, tmp_path, make_hash(2))
+    second = SSDIndex(tmp_path)
+    try:
+        assert second.totals().num_blocks == index.totals().num_blocks == 2
+    finally:
+        second.close()
+
+
+def test_an_index_that_another_process_has_made_anew_is_followed(
+    index: SSDIndex, tmp_path: Path, make_hash: Callable[[object], BlockHash]
+) -> None:
+    write_and_insert(index, tmp_path, make_hash(1))
+    (tmp_path / INDEX_NAME).unlink()
+    second = SSDIndex(tmp_path)
+    try:
+        write_and_insert(second, tmp_path, make_hash(2))
+        write_and_insert(index, tmp_path, make_hash(3))
+        for each in (1, 2, 3):
+            assert index.contains(NAMESPACE, make_hash(each))
+            assert second.contains(NAMESPACE, make_hash(each))
+    finally:
+        second.close()
+
+
+def test_a_folder_that_is_gone_is_a_typed_error_until_it_is_back(
+    tmp_path: Path, make_hash: Callable[[object], BlockHash]
+) -> None:
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    index = SSDIndex(directory)
+    try:
+        insert(index, entry(make_hash(1)))
+        directory.rename(tmp_path / "away")
+        for _ in range(2):
+            with pytest.raises(BlockFileError, match="can't be opened"), index.transaction():
+                pass
+        assert not directory.exists()
+        assert not index.contains(NAMESPACE, make_hash(1))
+        (tmp_path / "away").rename(directory)
+        with index.transaction():
+            assert index.get(NAMESPACE, make_hash(1)) is not None
+        assert index.contains(NAMESPACE, make_hash(1))
     finally:
         index.close()

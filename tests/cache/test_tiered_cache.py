@@ -10,10 +10,11 @@ from typing import cast
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
-from omlx_core.cache.events import EventBus
+from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
+from omlx_core.cache.ssd_layout import block_path
 from omlx_core.cache.tiered_cache import PendingRestore, TieredCache
 
 NAMESPACE = hash_namespace({"model": "tiny"})
@@ -713,3 +714,32 @@ def test_pending_reads_are_given_in_the_order_of_the_prefix(open_cache: Callable
     pending: PendingRestore = open_cache().match(prompt)
     contents = [bytes(payload.tensors["kv"].data) for payload in pending.payloads()]
     assert contents == [content_of(prompt[:stop]) for stop in range(2, 21, 2)]
+
+
+def test_listeners_hear_of_blocks_written_evicted_and_found_corrupt(tmp_path: Path) -> None:
+    heard: list[CacheEvent] = []
+    events = EventBus(NAMESPACE)
+    events.subscribe(heard.append)
+    file_bytes: list[int] = []
+
+    def open_ssd(max_size_bytes: int = 1_000_000) -> PagedSSDCacheManager:
+        return PagedSSDCacheManager(
+            tmp_path, max_size_bytes=max_size_bytes, namespace=NAMESPACE, description={}, events=events
+        )
+
+    with closing(open_ssd()) as ssd:
+        for token in (1, 2):
+            [block_hash] = hashes_of([token, token])
+            ssd.save_block(block_hash, None, [token, token], payload_of([token, token]))
+        assert ssd.flush(WAIT_S)
+        file_bytes += [entry.size_bytes for entry in ssd.entries()]
+        block_path(tmp_path, NAMESPACE, block_hash).write_bytes(b"damaged")
+        assert ssd.load_block(block_hash, [2, 2]) is None
+    with closing(open_ssd(max_size_bytes=file_bytes[0])) as ssd:
+        [block_hash] = hashes_of([3, 3])
+        ssd.save_block(block_hash, None, [3, 3], payload_of([3, 3]))
+        assert ssd.flush(WAIT_S)
+    events.close()
+    told = [(event.kind, event.tier, event.num_blocks, event.size_bytes) for event in heard]
+    spilled = ("spill", "cold", 1, file_bytes[0])
+    assert told == [spilled, spilled, ("corrupt", "cold", 1, 0), ("evict", "cold", 1, file_bytes[0]), spilled]

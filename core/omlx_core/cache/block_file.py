@@ -27,7 +27,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class BlockIdentity:
     parent_hash: BlockHash | None
     depth: int
     token_ids: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens."""
+        return len(self.token_ids) // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,35 +123,49 @@ def encode_block(identity: BlockIdentity, payload: BlockPayload) -> EncodedBlock
     """
     ordered = sorted(payload.tensors.items(), key=lambda item: (-_ELEMENT_BYTES.get(item[1].dtype, 0), item[0]))
     metadata = {
-        "checksum": "0" * _CHECKSUM_DIGITS,
         "format": FORMAT_NAME,
         "format_version": str(FORMAT_VERSION),
         "namespace": identity.namespace.hex(),
         "block_hash": identity.block_hash.hex(),
         "parent_hash": identity.parent_hash.hex() if identity.parent_hash is not None else "",
         "depth": str(identity.depth),
-        "num_tokens": str(len(identity.token_ids) // 4),
+        "num_tokens": str(identity.num_tokens),
         "token_ids": base64.b64encode(identity.token_ids).decode(),
     }
-    header: dict[str, Any] = {"__metadata__": metadata}
+    tensors: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
-        if _tensor_bytes(tensor.dtype, tensor.shape) != tensor.size_bytes or name in header:
+        if _tensor_bytes(tensor.dtype, tensor.shape) != tensor.size_bytes or name == "__metadata__":
             raise BlockFileError(
                 f"tensor {name!r} ({tensor.dtype}, shape {tensor.shape}, {tensor.size_bytes} bytes) can't be "
                 f"written: its type must be one of {', '.join(_ELEMENT_BYTES)} and its bytes fill its shape"
             )
         start, end = end, end + tensor.size_bytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        tensors[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    data = [tensor.data for _, tensor in ordered]
+    head = encode_header(metadata, tensors, data)
+    return EncodedBlock((head, *data), len(head) + end)
+
+
+def encode_header(metadata: Mapping[str, str], tensors: Mapping[str, Any], data: Sequence[memoryview]) -> bytes:
+    """The start of a safetensors file: length and header, with a checksum over all of that and `data`.
+
+    Args:
+        metadata: the other entries of ``__metadata__``.
+        tensors: the tensors' entries, by name.
+        data: what the checksum is to cover besides.
+
+    Raises:
+        BlockFileError: the header is too long.
+    """
+    header = {"__metadata__": {"checksum": "0" * _CHECKSUM_DIGITS, **metadata}, **tensors}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _MAX_HEADER_BYTES:
         raise BlockFileError(f"a header of {len(text)} bytes exceeds {_MAX_HEADER_BYTES}: use smaller blocks")
-    data = [tensor.data for _, tensor in ordered]
     head = len(text).to_bytes(8, "little") + text
     digits_at = 8 + len(_HEADER_START)
-    head = head[:digits_at] + _checksum(text, data) + head[digits_at + _CHECKSUM_DIGITS :]
-    return EncodedBlock((head, *data), len(head) + end)
+    return head[:digits_at] + _checksum(text, data) + head[digits_at + _CHECKSUM_DIGITS :]
 
 
 def write_block_file(path: Path, block: EncodedBlock) -> None:
@@ -176,14 +195,15 @@ def read_block_identity(file: io.FileIO) -> BlockIdentity:
         BlockFileError: it's some other safetensors file, or of a version that this one doesn't know.
         OSError: the file could not be read.
     """
-    return _read_header(file).identity
+    return _read_header(file, None).identity
 
 
-def read_block(file: io.FileIO) -> tuple[BlockIdentity, BlockPayload]:
+def read_block(file: io.FileIO, size_bytes: int | None = None) -> tuple[BlockIdentity, BlockPayload]:
     """Read a block file and verify every byte of it.
 
     Args:
         file: the file, open for reading at its start.
+        size_bytes: read that many bytes from where the file stands, as one that is part of another; None for all.
 
     Returns:
         The block's identity, for the caller to compare with what it asked for, and its tensors: read-only views of
@@ -194,13 +214,11 @@ def read_block(file: io.FileIO) -> tuple[BlockIdentity, BlockPayload]:
         BlockFileError: it's some other safetensors file, or of a version that this one doesn't know.
         OSError: the file could not be read.
     """
-    header = _read_header(file)
+    header = _read_header(file, size_bytes)
     # Not a bytearray: that would fill the memory with zeros first.
     buffer = np.empty(header.data_size_bytes, dtype=np.uint8).data
     _read_into(file, buffer)
-    expected = header.raw[len(_HEADER_START) : len(_HEADER_START) + _CHECKSUM_DIGITS]
-    if _checksum(header.raw, [buffer]) != expected:
-        raise CorruptBlockError("the checksum doesn't match")
+    _verify_checksum(header.raw, [buffer])
     data = buffer.toreadonly()
     return header.identity, BlockPayload(
         {entry.name: BlockTensor(entry.dtype, entry.shape, data[entry.start : entry.end]) for entry in header.tensors}
@@ -246,16 +264,40 @@ def _read_into(file: io.FileIO, buffer: memoryview) -> None:
         done += count
 
 
-def _read_header(file: io.FileIO) -> _Header:
-    file_size_bytes = os.fstat(file.fileno()).st_size
-    if file_size_bytes < 8:
-        raise CorruptBlockError(f"{file_size_bytes} bytes are too few for a header")
+def _verify_checksum(header: bytes, data: Sequence[memoryview]) -> None:
+    expected = header[len(_HEADER_START) : len(_HEADER_START) + _CHECKSUM_DIGITS]
+    if _checksum(header, data) != expected:
+        raise CorruptBlockError("the checksum doesn't match")
+
+
+def read_sealed_header(file: io.FileIO, format_name: str, format_version: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read and verify a header that `encode_header` made without data.
+
+    Returns:
+        Its metadata and the tensors' entries, by name.
+
+    Raises:
+        CorruptBlockError: it is not what was written.
+        BlockFileError: the file is of another format or version.
+        OSError: the file could not be read.
+    """
+    raw, metadata, tensors = _read_json(file, os.fstat(file.fileno()).st_size, format_name, format_version)
+    _verify_checksum(raw, [])
+    return metadata, tensors
+
+
+def _read_json(
+    file: io.FileIO, size_bytes: int, format_name: str, format_version: int
+) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    """A header of a known format, as bytes and as metadata and tensors; its checksum isn't verified."""
+    if size_bytes < 8:
+        raise CorruptBlockError(f"{size_bytes} bytes are too few for a header")
     prefix = bytearray(8)
     _read_into(file, memoryview(prefix))
     length = int.from_bytes(prefix, "little")
     # Before anything is allocated: a length is only believed if the file can hold it.
-    if length > min(_MAX_HEADER_BYTES, file_size_bytes - 8):
-        raise CorruptBlockError(f"a header of {length} bytes in a file of {file_size_bytes} bytes")
+    if length > min(_MAX_HEADER_BYTES, size_bytes - 8):
+        raise CorruptBlockError(f"a header of {length} bytes in a file of {size_bytes} bytes")
     raw = bytearray(length)
     _read_into(file, memoryview(raw))
     try:
@@ -263,15 +305,22 @@ def _read_header(file: io.FileIO) -> _Header:
     except (ValueError, RecursionError) as exc:
         raise CorruptBlockError(f"the header is not JSON: {exc}") from exc
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT_NAME:
-        raise BlockFileError(f"not a file of the format {FORMAT_NAME}")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise BlockFileError(f"format version {metadata.get('format_version')!r}, this is {FORMAT_VERSION}")
+    if not isinstance(metadata, dict) or metadata.get("format") != format_name:
+        raise BlockFileError(f"not a file of the format {format_name}")
+    if metadata.get("format_version") != str(format_version):
+        raise BlockFileError(f"format version {metadata.get('format_version')!r}, this is {format_version}")
     if not raw.startswith(_HEADER_START):
         raise CorruptBlockError("the header doesn't start with the checksum")
+    return bytes(raw), metadata, header
+
+
+def _read_header(file: io.FileIO, size_bytes: int | None) -> _Header:
+    if size_bytes is None:
+        size_bytes = os.fstat(file.fileno()).st_size
+    raw, metadata, entries = _read_json(file, size_bytes, FORMAT_NAME, FORMAT_VERSION)
     try:
         identity = _parse_identity(metadata)
-        tensors = tuple(_parse_tensor(name, entry) for name, entry in header.items())
+        tensors = tuple(_parse_tensor(name, entry) for name, entry in entries.items())
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise CorruptBlockError(f"the header is malformed: {exc!r}") from exc
     end = 0
@@ -279,9 +328,9 @@ def _read_header(file: io.FileIO) -> _Header:
         if entry.start != end:
             raise CorruptBlockError(f"tensor {entry.name!r} starts at {entry.start}, not at {end}")
         end = entry.end
-    if 8 + length + end != file_size_bytes:
-        raise CorruptBlockError(f"{file_size_bytes} bytes, where the header says {8 + length + end}")
-    return _Header(bytes(raw), identity, tensors, end)
+    if 8 + len(raw) + end != size_bytes:
+        raise CorruptBlockError(f"{size_bytes} bytes, where the header says {8 + len(raw) + end}")
+    return _Header(raw, identity, tensors, end)
 
 
 def _parse_identity(metadata: dict[str, Any]) -> BlockIdentity:

@@ -1,28 +1,65 @@
-"""Keeps the bytes in the cold tier's folder within their budget, at every moment and over all processes.
+"""Keeps what is in the cold tier's folder, and what is written to it, within their limits, over all processes.
 
 Bytes are reserved before a temporary file is written, and an evicted block counts until its file is gone: what the
 index adds up is therefore never less than what is on disk. Counted are the files' lengths; the index itself and the
 file system's rounding to its own blocks come on top.
 
-All of it runs on the writer's thread.
+Bytes written are entered into the index with the reservation, so that processes which write at the same time can't
+exceed the day's budget together; a write that fails then counts as if it had been done.
+
+All of it belongs to one thread, that of its index.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import enum
 import os
-import secrets
-import socket
-import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
 from omlx_core.cache.ssd_index import SSDIndex
 from omlx_core.cache.ssd_layout import EVICTED, IndexEntry, UnpublishedFile, block_path, temporary_path
+from omlx_core.cache.ssd_owner import is_abandoned, new_owner, retire_owner
+from omlx_core.cache.ssd_stats import StatsKeeper
 
-_MAX_WRITE_AGE_S = 24 * 3600.0
-_live_owners: set[str] = set()
+_FILES_PER_TRANSACTION = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """What the cold tier may take.
+
+    Attributes:
+        max_size_bytes: most bytes of files in the folder.
+        min_free_bytes: while less than this would be free on the volume, nothing is written.
+        write_budget_bytes: most bytes written to the folder in 24 hours; None is no limit.
+    """
+
+    max_size_bytes: int
+    min_free_bytes: int = 0
+    write_budget_bytes: int | None = None
+
+
+class SaveOutcome(enum.Enum):
+    """How saving a block ended, when it didn't fail."""
+
+    WRITTEN = enum.auto()
+    ALREADY_THERE = enum.auto()
+    NO_PARENT = enum.auto()
+    """The block before it isn't published."""
+    TOO_LARGE = enum.auto()
+    """The block and those before it exceed the folder's budget."""
+    WRITE_BUDGET = enum.auto()
+    """The last 24 hours' writing would exceed its budget."""
+    FREE_SPACE = enum.auto()
+    """Too little space is free on the volume."""
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the block is published."""
+        return self in (SaveOutcome.WRITTEN, SaveOutcome.ALREADY_THERE)
 
 
 class DiskBudget:
@@ -31,48 +68,54 @@ class DiskBudget:
     Args:
         directory: the cache's folder.
         index: its index.
-        max_size_bytes: the budget.
+        limits: what it may take.
+        stats: counts what it evicts.
 
     Attributes:
         owner: marks the files that this writer is writing.
-        num_evictions: blocks evicted so far.
     """
 
-    def __init__(self, directory: Path, index: SSDIndex, max_size_bytes: int) -> None:
+    def __init__(self, directory: Path, index: SSDIndex, limits: DiskLimits, stats: StatsKeeper) -> None:
         self._directory = directory
         self._index = index
-        self._max_size_bytes = max_size_bytes
-        self.owner = f"{_host_id()}-{os.getpid()}-{secrets.token_hex(8)}"
-        self.num_evictions = 0
-        _live_owners.add(self.owner)
+        self._limits = limits
+        self.owner = new_owner()
+        self._stats = stats
 
     def close(self) -> None:
         """Nothing is being written any more: whatever this writer left may be removed."""
-        _live_owners.discard(self.owner)
+        retire_owner(self.owner)
 
     def reserve(
         self, namespace: NamespaceHash, block_hash: BlockHash, parent_hash: BlockHash | None, size_bytes: int
-    ) -> bool:
-        """Make room for a file that is about to be written to `temporary_path`.
+    ) -> SaveOutcome | None:
+        """Make room for a file that is about to be written to `temporary_path`, and enter it as written.
 
         Blocks leave in order of their last use, leaves before their parents; those before the new block stay.
 
         Returns:
-            False if the chain alone exceeds the budget, or its parent is no longer published; nothing is evicted then.
+            None, or why the file may not be written; nothing is evicted then.
 
         Raises:
             OSError: an evicted file can't be removed.
         """
+        # One call of a microsecond or two, next to the fsyncs of a write.
+        if self._limits.min_free_bytes and free_space_bytes(self._directory) - size_bytes < self._limits.min_free_bytes:
+            return SaveOutcome.FREE_SPACE
         while True:
             with self._index.transaction():
                 parent = None if parent_hash is None else self._index.get(namespace, parent_hash)
                 if parent is None and parent_hash is not None:
-                    return False
-                if self._remove_leftovers() + size_bytes <= self._max_size_bytes:
+                    return SaveOutcome.NO_PARENT
+                if self._exceeds_write_budget(size_bytes):
+                    return SaveOutcome.WRITE_BUDGET
+                has_more = self._remove_leftovers()
+                if self._size_bytes() + size_bytes <= self._limits.max_size_bytes:
                     self._index.add_unpublished(UnpublishedFile(namespace, block_hash, self.owner, size_bytes))
-                    return True
-                if not self._evict(size_bytes, parent):
-                    return False
+                    self._index.record_write(size_bytes)
+                    return None
+                if not has_more and not self._evict(size_bytes, parent):
+                    return SaveOutcome.TOO_LARGE
 
     def release(self, namespace: NamespaceHash, block_hash: BlockHash) -> None:
         """Remove a temporary file, if it is still there, and its reservation.
@@ -92,60 +135,70 @@ class DiskBudget:
         """
         while True:
             with self._index.transaction():
-                if self._remove_leftovers() <= self._max_size_bytes or not self._evict(0, None):
+                if self._remove_leftovers():
+                    continue
+                if self._size_bytes() <= self._limits.max_size_bytes or not self._evict(0, None):
                     return
 
-    def _remove_leftovers(self) -> int:
-        """Unlink evicted and abandoned files; return the bytes that still count. Inside a transaction.
+    def withdraw(self, entries: Iterable[IndexEntry]) -> None:
+        """Take blocks out of the index; `trim` then removes their files. Inside a transaction, leaves first."""
+        for entry in entries:
+            self._index.remove(entry.namespace, entry.block_hash)
+            # It may wait for its removal already, and have been published anew since.
+            self._index.remove_unpublished(entry.namespace, entry.block_hash, EVICTED)
+            self._index.add_unpublished(UnpublishedFile(entry.namespace, entry.block_hash, EVICTED, entry.size_bytes))
+
+    def _exceeds_write_budget(self, size_bytes: int) -> bool:
+        if self._limits.write_budget_bytes is None:
+            return False
+        self._index.settle_ledger()
+        return self._index.current_totals().bytes_written_last_day + size_bytes > self._limits.write_budget_bytes
+
+    def _remove_leftovers(self) -> bool:
+        """Unlink evicted and abandoned files; whether there are more. Inside a transaction.
 
         The rows of evicted blocks were committed as gone before: no reader that starts now looks for them. Under the
         write lock nobody publishes one of them anew between the check and the unlink.
         """
+        num_removed = 0
         for file in self._index.unpublished():
+            temporary = None
             if file.owner != EVICTED:
                 temporary = temporary_path(self._directory, file.namespace, file.block_hash, file.owner)
-                if not _is_abandoned(file.owner, temporary):
+                # Its own can only be there because `release` failed: it writes one file at a time, and none now.
+                if file.owner != self.owner and not is_abandoned(file.owner, temporary):
                     continue
+            # Others wait for this transaction meanwhile.
+            if num_removed == _FILES_PER_TRANSACTION:
+                return True
+            num_removed += 1
+            if temporary is not None:
                 temporary.unlink(missing_ok=True)
             # Also after a crash between the rename and the commit of its row.
             if self._index.get(file.namespace, file.block_hash) is None:
                 block_path(self._directory, file.namespace, file.block_hash).unlink(missing_ok=True)
             self._index.remove_unpublished(file.namespace, file.block_hash, file.owner)
-        return self._index.current_size_bytes()
+        return False
 
     def _evict(self, size_bytes: int, parent: IndexEntry | None) -> bool:
         """Take the rows of enough blocks; `_remove_leftovers` takes the files, in the next transaction."""
-        excess_bytes = self._index.current_size_bytes() + size_bytes - self._max_size_bytes
+        excess_bytes = self._size_bytes() + size_bytes - self._limits.max_size_bytes
         victims = self._index.least_recently_used(excess_bytes, keep=self._index.ancestors(parent))
-        for victim in victims or ():
-            self._index.remove(victim.namespace, victim.block_hash)
-            self._index.add_unpublished(
-                UnpublishedFile(victim.namespace, victim.block_hash, EVICTED, victim.size_bytes)
-            )
-        self.num_evictions += len(victims or ())
-        return victims is not None
+        if victims is None:
+            return False
+        self.withdraw(victims)
+        self._stats.count_evicted(len(victims), sum(entry.size_bytes for entry in victims))
+        return True
+
+    def _size_bytes(self) -> int:
+        return self._index.current_totals().size_bytes
 
 
-def _host_id() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def free_space_bytes(directory: Path) -> int:
+    """Space on a folder's volume that this user may fill.
 
-
-def _is_abandoned(owner: str, temporary: Path) -> bool:
-    """Whether a temporary file is certainly nobody's any more.
-
-    Process ids say something on their own host only, and may be in use again; a file of a day ago is old anyway.
+    Raises:
+        OSError: the folder is gone.
     """
-    host, pid_text, _ = owner.split("-")
-    pid = int(pid_text)
-    if host == _host_id():
-        if pid == os.getpid():
-            return owner not in _live_owners
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return True
-    try:
-        return time.time() - temporary.stat().st_mtime > _MAX_WRITE_AGE_S
-    except FileNotFoundError:
-        return False  # reserved, not written yet
+    volume = os.statvfs(directory)
+    return volume.f_bavail * volume.f_frsize

@@ -9,8 +9,12 @@ One SQLite file in WAL mode over all namespaces of a folder. It holds two kinds 
   an evicted block until it's removed, so after a crash the next process knows what to clean up without looking
   through folders, and their bytes count meanwhile.
 
-Triggers keep the totals in the same transaction. All changes to published files happen inside a write transaction:
-its lock keeps processes apart, and the system releases it when one is killed.
+Triggers keep the totals in the same transaction; `ssd_index_view` explains the ledger of bytes written. All changes to
+published files happen inside a write transaction: its lock keeps processes apart, and the system releases it when one
+is killed.
+
+An index that is deleted, replaced or found damaged while it is open is noticed by the next transaction, which opens the
+one that is there then, or makes a new one.
 
 Thread rules: `contains` and `totals` may be called from any thread and use a connection of their own; everything else
 belongs to one thread, the cache's writer.
@@ -25,59 +29,40 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.ssd_index_view import (
+    BUCKET_S,
+    COLUMNS,
+    DAY_BUCKETS,
+    INDEX_NAME,
+    SCHEMA,
+    SCHEMA_VERSION,
+    IndexTotals,
+    IndexView,
+    check_version,
+    current_bucket,
+    is_damage,
+    read_totals,
+)
 from omlx_core.cache.ssd_layout import IndexEntry, UnpublishedFile, scan_directory
 from omlx_core.errors import BlockFileError, CacheDirectoryError
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAME = "index.sqlite3"
 LOCK_NAME = "index.lock"
-SCHEMA_VERSION = 1
 
-_SCHEMA = (
-    """CREATE TABLE blocks (namespace BLOB NOT NULL, hash BLOB NOT NULL, parent BLOB, depth INTEGER NOT NULL,
-        size_bytes INTEGER NOT NULL, created_s REAL NOT NULL, last_used INTEGER NOT NULL,
-        PRIMARY KEY (hash, namespace)) WITHOUT ROWID""",
-    "CREATE INDEX blocks_by_use ON blocks (last_used, depth DESC)",
-    """CREATE TABLE unpublished (namespace BLOB NOT NULL, hash BLOB NOT NULL, owner TEXT NOT NULL,
-        size_bytes INTEGER NOT NULL, PRIMARY KEY (namespace, hash, owner)) WITHOUT ROWID""",
-    "CREATE TABLE totals (num_blocks INTEGER NOT NULL, size_bytes INTEGER NOT NULL)",
-    "INSERT INTO totals VALUES (0, 0)",
-    """CREATE TRIGGER block_added AFTER INSERT ON blocks BEGIN
-        UPDATE totals SET num_blocks = num_blocks + 1, size_bytes = size_bytes + NEW.size_bytes; END""",
-    """CREATE TRIGGER block_removed AFTER DELETE ON blocks BEGIN
-        UPDATE totals SET num_blocks = num_blocks - 1, size_bytes = size_bytes - OLD.size_bytes; END""",
-    """CREATE TRIGGER unpublished_added AFTER INSERT ON unpublished BEGIN
-        UPDATE totals SET size_bytes = size_bytes + NEW.size_bytes; END""",
-    """CREATE TRIGGER unpublished_removed AFTER DELETE ON unpublished BEGIN
-        UPDATE totals SET size_bytes = size_bytes - OLD.size_bytes; END""",
-)
-_COLUMNS = "namespace, hash, parent, depth, size_bytes, created_s, last_used"  # the fields of IndexEntry
-_INSERT_BLOCK = f"INSERT INTO blocks ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_BLOCK = f"INSERT INTO blocks ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_WRITE = """INSERT INTO writes (bucket, size_bytes) VALUES (?, ?)
+    ON CONFLICT (bucket) DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes"""
 _INSERT_UNPUBLISHED = "INSERT INTO unpublished (namespace, hash, owner, size_bytes) VALUES (?, ?, ?, ?)"
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _WRITER_TIMEOUT_S = 30.0
 _READER_TIMEOUT_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class IndexTotals:
-    """What is in the folder, over all namespaces.
-
-    Attributes:
-        num_blocks: published blocks.
-        size_bytes: bytes of their files, of files being written and of files about to be removed.
-    """
-
-    num_blocks: int
-    size_bytes: int
-
-
-class SSDIndex:
+class SSDIndex(IndexView):
     """The index of one folder, opened; made anew from the block files if it is missing or damaged.
 
     Args:
@@ -87,27 +72,24 @@ class SSDIndex:
         CacheDirectoryError: the index can't be opened, or belongs to a newer version of this project.
     """
 
+    _BEGIN = "BEGIN IMMEDIATE"
+
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._path = directory / INDEX_NAME
         self._reader_lock = threading.Lock()
         self._last_totals = IndexTotals(0, 0)
+        self._is_suspect = False  # a reader found damage, which the writer's connection may not see
+        path = directory / INDEX_NAME
         try:
-            # One process at a time opens, so that two don't both rebuild.
-            with _exclusive(directory / LOCK_NAME):
-                self._writer = self._open()
-                try:
-                    self._reader = self._connect(_READER_TIMEOUT_S)
-                except BaseException:
-                    self._writer.close()
-                    raise
+            self._file_id: tuple[int, int] | None
+            connection, self._reader, self._file_id = _open_both(path)
         except (OSError, sqlite3.Error) as exc:
             if isinstance(exc, CacheDirectoryError):
                 raise
             raise CacheDirectoryError(
-                f"the cache index {str(self._path)!r} can't be opened ({exc}): check the folder's permissions and "
-                "free space, or use another folder"
+                f"the cache index {str(path)!r} can't be opened ({exc}): check the folder's permissions and free "
+                "space, or use another folder"
             ) from exc
+        super().__init__(path, connection)
 
     def contains(self, namespace: NamespaceHash, block_hash: BlockHash) -> bool:
         """Whether the block is published. Any thread; a database that fails counts as no."""
@@ -116,7 +98,8 @@ class SSDIndex:
                 row = self._reader.execute(
                     "SELECT 1 FROM blocks WHERE hash = ? AND namespace = ?", (block_hash, namespace)
                 ).fetchone()
-        except sqlite3.Error:
+        except sqlite3.Error as exc:
+            self._is_suspect |= is_damage(exc)
             return False
         return row is not None
 
@@ -124,10 +107,9 @@ class SSDIndex:
         """Count blocks and bytes. Any thread; what was last known once the index is closed or fails."""
         try:
             with self._reader_lock:
-                self._last_totals = IndexTotals(
-                    *self._reader.execute("SELECT num_blocks, size_bytes FROM totals").fetchone()
-                )
-        except sqlite3.Error:
+                self._last_totals = read_totals(self._reader)
+        except sqlite3.Error as exc:
+            self._is_suspect |= is_damage(exc)
             logger.debug("the cache index can't be read", exc_info=True)
         return self._last_totals
 
@@ -138,37 +120,19 @@ class SSDIndex:
         Raises:
             BlockFileError: the database failed, or another process held the lock for too long.
         """
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._writer.execute("COMMIT")
-            except BaseException:
-                # SQLite has rolled back by itself after some errors, such as a full disk.
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as exc:
-            if getattr(exc, "sqlite_errorcode", None) in _DAMAGE:
-                # The next opening then rebuilds it. What is beyond even that, it will see by itself.
-                with contextlib.suppress(sqlite3.Error):
-                    self._writer.execute("PRAGMA user_version=0")
-            raise BlockFileError(f"the cache index {str(self._path)!r} failed: {exc}") from exc
-
-    def get(self, namespace: NamespaceHash, block_hash: BlockHash) -> IndexEntry | None:
-        """One block's row. Inside a transaction."""
-        row = self._writer.execute(
-            f"SELECT {_COLUMNS} FROM blocks WHERE hash = ? AND namespace = ?", (block_hash, namespace)
-        ).fetchone()
-        return None if row is None else IndexEntry(*row)
+        self._follow_file()
+        with super().transaction():
+            yield
 
     def insert(self, entry: IndexEntry) -> None:
         """Publish a block. Inside a transaction."""
-        self._writer.execute(_INSERT_BLOCK, astuple(entry))
+        self._connection.execute(_INSERT_BLOCK, astuple(entry))
 
     def remove(self, namespace: NamespaceHash, block_hash: BlockHash) -> bool:
         """Take a block out; False if it wasn't there. Inside a transaction."""
-        cursor = self._writer.execute("DELETE FROM blocks WHERE hash = ? AND namespace = ?", (block_hash, namespace))
+        cursor = self._connection.execute(
+            "DELETE FROM blocks WHERE hash = ? AND namespace = ?", (block_hash, namespace)
+        )
         return cursor.rowcount > 0
 
     def stamp(self, namespace: NamespaceHash, block_hashes: Sequence[BlockHash]) -> int:
@@ -183,7 +147,7 @@ class SSDIndex:
             walked: BlockHash | None = block_hash
             while walked is not None and walked not in stamped:
                 stamped.add(walked)
-                row = self._writer.execute(
+                row = self._connection.execute(
                     "UPDATE blocks SET last_used = ? WHERE hash = ? AND namespace = ? RETURNING parent",
                     (now, walked, namespace),
                 ).fetchone()
@@ -220,7 +184,7 @@ class SSDIndex:
             None if all others together are too small.
         """
         victims: list[IndexEntry] = []
-        rows = self._writer.execute(f"SELECT {_COLUMNS} FROM blocks ORDER BY last_used, depth DESC")
+        rows = self._connection.execute(f"SELECT {COLUMNS} FROM blocks ORDER BY last_used, depth DESC")
         with contextlib.closing(rows):
             while size_bytes > 0:
                 row = rows.fetchone()
@@ -232,25 +196,44 @@ class SSDIndex:
                     size_bytes -= entry.size_bytes
         return victims
 
-    def current_size_bytes(self) -> int:
-        """Bytes that count towards the budget. Inside a transaction."""
-        return int(self._writer.execute("SELECT size_bytes FROM totals").fetchone()[0])
-
     def add_unpublished(self, file: UnpublishedFile) -> None:
         """Count a file that isn't a block. Inside a transaction."""
-        self._writer.execute(_INSERT_UNPUBLISHED, astuple(file))
+        self._connection.execute(_INSERT_UNPUBLISHED, astuple(file))
 
     def remove_unpublished(self, namespace: NamespaceHash, block_hash: BlockHash, owner: str) -> None:
         """Stop counting a file. Inside a transaction."""
-        self._writer.execute(
+        self._connection.execute(
             "DELETE FROM unpublished WHERE namespace = ? AND hash = ? AND owner = ?",
             (namespace, block_hash, owner),
         )
 
-    def unpublished(self) -> list[UnpublishedFile]:
-        """All files that aren't blocks. Inside a transaction."""
-        rows = self._writer.execute("SELECT namespace, hash, owner, size_bytes FROM unpublished")
-        return [UnpublishedFile(*row) for row in rows]
+    def record_write(self, size_bytes: int) -> None:
+        """Enter into the ledger that a file of that size is being written. Inside a transaction."""
+        self.settle_ledger()
+        self._connection.execute(_INSERT_WRITE, (current_bucket(), size_bytes))
+        self._connection.execute("UPDATE totals SET bytes_written = bytes_written + ?", (size_bytes,))
+
+    def settle_ledger(self) -> None:
+        """Forget what was written more than a day ago, and correct the rest. Inside a transaction."""
+        now = current_bucket()
+        # From before the clock was set back: the latest that it can have been is now.
+        [(future_bytes,)] = self._connection.execute(
+            "SELECT coalesce(sum(size_bytes), 0) FROM writes WHERE bucket > ?", (now,)
+        ).fetchall()
+        self._connection.execute("DELETE FROM writes WHERE bucket NOT BETWEEN ? AND ?", (now - DAY_BUCKETS, now))
+        if future_bytes:
+            self._connection.execute(_INSERT_WRITE, (now, future_bytes))
+
+    def recount(self) -> None:
+        """Make the totals agree with the rows. Inside a transaction."""
+        self._connection.execute("UPDATE totals SET num_blocks = ?, size_bytes = ?", self.counted_totals())
+
+    def give_up_damaged(self) -> None:
+        """Have the index made anew from the block files, by the next transaction or the next process to open it."""
+        # What is beyond even this, they will see by themselves.
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA user_version=0")
+        self._file_id = None
 
     def checkpoint(self) -> None:
         """Make everything committed so far survive a power cut too, not only a killed process.
@@ -259,7 +242,7 @@ class SSDIndex:
             BlockFileError: the database failed.
         """
         try:
-            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as exc:
             raise BlockFileError(f"the cache index {str(self._path)!r} failed: {exc}") from exc
 
@@ -268,68 +251,115 @@ class SSDIndex:
         self.totals()
         with self._reader_lock:
             self._reader.close()
-        self._writer.close()
+        self._connection.close()
 
     def _newest_stamp(self) -> int:
-        return int(self._writer.execute("SELECT coalesce(max(last_used), 0) FROM blocks").fetchone()[0])
+        return int(self._connection.execute("SELECT coalesce(max(last_used), 0) FROM blocks").fetchone()[0])
 
-    def _connect(self, timeout_s: float) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+    def _follow_file(self) -> None:
+        """Go over to the file that now has the index's name, if it isn't the one that is open."""
+        if self._is_suspect:
+            self.give_up_damaged()
+            self._is_suspect = False
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
+            if self._file_id is not None and _file_id(self._path) == self._file_id:
+                return
+            # First, because SQLite shares what it knows of a file among all connections of a process.
+            self._file_id = None
+            self._connection.close()
+            with self._reader_lock:
+                self._reader.close()
+            self._connection, reader, self._file_id = _open_both(self._path)
+            with self._reader_lock:
+                self._reader = reader
+        except (OSError, sqlite3.Error) as exc:
+            raise BlockFileError(f"the cache index {str(self._path)!r} can't be opened: {exc}") from exc
+
+    def _failure(self, exc: sqlite3.Error) -> BlockFileError:
+        if is_damage(exc):
+            self.give_up_damaged()
+        elif getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+            # The folder was, or a reader of this process had opened the file in that way; both may pass.
+            self._file_id = None
+        return super()._failure(exc)
+
+
+def _open_both(path: Path) -> tuple[sqlite3.Connection, sqlite3.Connection, tuple[int, int] | None]:
+    """Open the writer's and the readers' connection; one process at a time, so that two don't both rebuild."""
+    with _exclusive(path.with_name(LOCK_NAME)):
+        writer = _open(path)
+        try:
+            return writer, _connect(path, _READER_TIMEOUT_S), _file_id(path)
         except BaseException:
-            connection.close()
+            writer.close()
             raise
-        return connection
 
-    def _open(self) -> sqlite3.Connection:
-        existed = self._path.exists()
-        if existed:
-            try:
-                connection = self._connect(_WRITER_TIMEOUT_S)
-            except sqlite3.DatabaseError as exc:
-                if exc.sqlite_errorcode not in _DAMAGE:
-                    raise
-            else:
-                try:
-                    if self._is_usable(connection):
-                        return connection
-                except BaseException:
-                    connection.close()
-                    raise
-                connection.close()
-            self._path.replace(self._path.with_name(f"{INDEX_NAME}.damaged"))
-        # A log without its database belongs to an earlier one.
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(f"{INDEX_NAME}{suffix}").unlink(missing_ok=True)
-        # SQLite would create it readable by others; its side files take over this mode.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        connection = self._connect(_WRITER_TIMEOUT_S)
-        try:
-            _create(connection, self._directory, warn=existed)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
-    def _is_usable(self, connection: sqlite3.Connection) -> bool:
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _connect(path: Path, timeout_s: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    existed = path.exists()
+    if existed:
         try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise CacheDirectoryError(
-                    f"the cache index {str(self._path)!r} has version {version}, this is {SCHEMA_VERSION}: upgrade "
-                    "omlx-plugins, or use another folder"
-                )
-            if version < SCHEMA_VERSION:
-                return False
-            for table in ("blocks", "unpublished", "totals"):
-                connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
+            connection = _connect(path, _WRITER_TIMEOUT_S)
         except sqlite3.DatabaseError as exc:
-            if exc.sqlite_errorcode in (*_DAMAGE, sqlite3.SQLITE_ERROR):
-                return False
-            raise
-        return True
+            if not is_damage(exc):
+                raise
+        else:
+            try:
+                if _is_usable(connection, path):
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+        path.replace(path.with_name(f"{INDEX_NAME}.damaged"))
+    # A log without its database belongs to an earlier one.
+    for suffix in ("-wal", "-shm"):
+        path.with_name(f"{INDEX_NAME}{suffix}").unlink(missing_ok=True)
+    # SQLite would create it readable by others; its side files take over this mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    connection = _connect(path, _WRITER_TIMEOUT_S)
+    try:
+        _create(connection, path.parent, warn=existed)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_usable(connection: sqlite3.Connection, path: Path) -> bool:
+    try:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        check_version(path, version)
+        if version < SCHEMA_VERSION:
+            return False
+        for table in ("blocks", "unpublished", "writes"):
+            connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
+        read_totals(connection)
+    except sqlite3.DatabaseError as exc:
+        # Also a table or a column that isn't there.
+        if is_damage(exc) or exc.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+            return False
+        raise
+    return True
 
 
 @contextlib.contextmanager
@@ -350,9 +380,13 @@ def _create(connection: sqlite3.Connection, directory: Path, *, warn: bool) -> N
             "the cache index in %s was missing or damaged; %d blocks found again", directory, len(files.entries)
         )
     connection.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA:
+    for statement in SCHEMA:
         connection.execute(statement)
     connection.executemany(_INSERT_BLOCK, map(astuple, files.entries))
     connection.executemany(_INSERT_UNPUBLISHED, map(astuple, files.unpublished))
+    # The ledger went with the old index; that these have been written is certain.
+    written = [(int(entry.created_s // BUCKET_S), entry.size_bytes) for entry in files.entries]
+    connection.executemany(_INSERT_WRITE, [row for row in written if row[0] >= current_bucket() - DAY_BUCKETS])
+    connection.execute("UPDATE totals SET bytes_written = ?", (sum(size_bytes for _, size_bytes in written),))
     connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     connection.execute("COMMIT")

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +24,17 @@ from tqdm import tqdm
 
 from omlx_core.cache.block_file import BLOCK_SUFFIX, read_block_identity, sync_directory
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.ssd_owner import OWNER_PATTERN, is_abandoned, new_owner, retire_owner
 from omlx_core.errors import CacheDirectoryError
 
 logger = logging.getLogger(__name__)
 
+DESCRIPTION_NAME = "namespace.json"
 EVICTED = ""  # the owner of an evicted file that waits for its removal
 
 _HASH_NAME = re.compile("[0-9a-f]{64}")
-_TEMPORARY_NAME = re.compile(r"(?P<hash>[0-9a-f]{64})\.(?P<owner>[0-9a-f]+-[0-9]+-[0-9a-f]+)\.tmp")
+_TEMPORARY_NAME = re.compile(rf"(?P<hash>[0-9a-f]{{64}})\.(?P<owner>{OWNER_PATTERN})\.tmp")
+_DESCRIPTION_TEMPORARY_NAME = re.compile(rf"namespace\.json\.(?P<owner>{OWNER_PATTERN})\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +110,16 @@ def prepare_directory(directory: Path, namespace: NamespaceHash, description: Ma
     Raises:
         CacheDirectoryError: that isn't possible, or others may write to one of them.
     """
-    text = json.dumps(description, indent=2, ensure_ascii=False)
     folder = namespace_folder(directory, namespace)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if make_folder(folder):
             sync_directory(directory)
-        for path in (directory, folder):
-            mode = path.stat().st_mode
-            if mode & 0o022:
-                raise CacheDirectoryError(
-                    f"the cache folder {str(path)!r} has mode {mode & 0o7777:o}: others could plant blocks in it. "
-                    f"Use a folder of your own, or run: chmod go-w {str(path)!r}"
-                )
-        if not (folder / "namespace.json").exists():
-            temporary = folder / f"namespace.json.{os.getpid()}-{threading.get_ident()}.tmp"
-            temporary.touch(mode=0o600)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(folder / "namespace.json")
+        refuse_open_folders(directory, namespace)
+        for path in abandoned_descriptions(folder):
+            path.unlink(missing_ok=True)
+        if not (folder / DESCRIPTION_NAME).exists():
+            write_description(directory, namespace, description)
     except CacheDirectoryError:
         raise
     except OSError as exc:
@@ -135,13 +129,69 @@ def prepare_directory(directory: Path, namespace: NamespaceHash, description: Ma
         ) from exc
 
 
+def refuse_open_folders(directory: Path, namespace: NamespaceHash) -> None:
+    """Check that only their owner may write to the cache's folder and to a namespace's, as far as they are there.
+
+    Raises:
+        CacheDirectoryError: others could plant blocks in them, or they can't be looked at.
+    """
+    for path in (directory, namespace_folder(directory, namespace)):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            raise CacheDirectoryError(f"the cache folder {str(path)!r} can't be read ({exc.strerror or exc})") from exc
+        if mode & 0o022:
+            raise CacheDirectoryError(
+                f"the cache folder {str(path)!r} has mode {mode & 0o7777:o}: others could plant blocks in it. "
+                f"Use a folder of your own, or run: chmod go-w {str(path)!r}"
+            )
+
+
+def write_description(directory: Path, namespace: NamespaceHash, description: Mapping[str, Any]) -> None:
+    """Say in a namespace's folder what it stands for, for people.
+
+    Raises:
+        OSError: that isn't possible; the text that was there stays.
+    """
+    path = namespace_folder(directory, namespace) / DESCRIPTION_NAME
+    owner = new_owner()
+    temporary = path.with_name(f"{DESCRIPTION_NAME}.{owner}.tmp")
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        retire_owner(owner)
+
+
+def read_description(directory: Path, namespace: NamespaceHash) -> dict[str, Any]:
+    """What a namespace's folder says that it stands for; empty if it doesn't say."""
+    path = namespace_folder(directory, namespace) / DESCRIPTION_NAME
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return description if isinstance(description, dict) else {}
+
+
+def abandoned_descriptions(folder: Path) -> Iterator[Path]:
+    """What processes that were killed in `write_description` left in a namespace's folder."""
+    for path in folder.glob(f"{DESCRIPTION_NAME}.*.tmp"):
+        match = _DESCRIPTION_TEMPORARY_NAME.fullmatch(path.name)
+        if match is not None and is_abandoned(match["owner"], path):
+            yield path
+
+
 def scan_directory(directory: Path) -> DirectoryFiles:
     """Find every block and every temporary file by the headers and names of the files, with a progress bar.
 
     When a block was last used went with the index; when it was written is the next best. No parent is stamped older
     than its descendants, so leaves still leave first. What isn't a block of this version is left alone.
     """
-    paths = list(_paths_like(directory, f"*{BLOCK_SUFFIX}"))
+    paths = list(block_paths(directory))
     found = {}
     for path in tqdm(paths, desc="Rebuilding the cache index", unit="block", disable=None):
         entry = _entry_from_file(path)
@@ -150,6 +200,26 @@ def scan_directory(directory: Path) -> DirectoryFiles:
     if len(found) < len(paths):
         logger.warning("%d files in %s are not blocks and left alone", len(paths) - len(found), directory)
     return DirectoryFiles(_stamped(found.values()), list(_temporary_files(directory)))
+
+
+def block_paths(directory: Path) -> Iterator[Path]:
+    """All files that are named and placed as a block's file would be, whatever is in them."""
+    return (path for path in _paths_like(directory, f"*{BLOCK_SUFFIX}") if block_key(path) is not None)
+
+
+def temporary_paths(directory: Path) -> Iterator[tuple[Path, BlockHash, str]]:
+    """All temporary files, each with the block that was being written, and by whom."""
+    for path in _paths_like(directory, "*.tmp"):
+        match = _TEMPORARY_NAME.fullmatch(path.name)
+        if match is not None:
+            yield path, BlockHash(bytes.fromhex(match["hash"])), match["owner"]
+
+
+def block_key(path: Path) -> tuple[NamespaceHash, BlockHash] | None:
+    """Namespace and hash of the block whose file is at `path`; None if no block's file would be there."""
+    if path.suffix != BLOCK_SUFFIX or not _HASH_NAME.fullmatch(path.stem) or path.parts[-2] != path.stem[:2]:
+        return None
+    return NamespaceHash(bytes.fromhex(path.parts[-3])), BlockHash(bytes.fromhex(path.stem))
 
 
 def _paths_like(directory: Path, pattern: str) -> Iterator[Path]:
@@ -164,7 +234,7 @@ def _entry_from_file(path: Path) -> IndexEntry | None:
     except OSError as exc:
         logger.debug("%s: %s", path, exc)
         return None
-    if (identity.namespace.hex(), identity.block_hash.hex()) != (path.parts[-3], path.stem):
+    if (identity.namespace, identity.block_hash) != block_key(path):
         return None
     return IndexEntry(
         identity.namespace,
@@ -191,13 +261,6 @@ def _stamped(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
 
 
 def _temporary_files(directory: Path) -> Iterator[UnpublishedFile]:
-    for path in _paths_like(directory, "*.tmp"):
-        match = _TEMPORARY_NAME.fullmatch(path.name)
-        if match is not None:
-            with contextlib.suppress(FileNotFoundError):
-                yield UnpublishedFile(
-                    NamespaceHash(bytes.fromhex(path.parts[-3])),
-                    BlockHash(bytes.fromhex(match["hash"])),
-                    match["owner"],
-                    path.stat().st_size,
-                )
+    for path, block_hash, owner in temporary_paths(directory):
+        with contextlib.suppress(FileNotFoundError):
+            yield UnpublishedFile(NamespaceHash(bytes.fromhex(path.parts[-3])), block_hash, owner, path.stat().st_size)

@@ -57,9 +57,15 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
     ssd = None
     location = settings.prepare_ssd_cache_dir() if codec else None
     if location is not None:
-        directory, max_size_bytes = location
         ssd = PagedSSDCacheManager(
-            directory, max_size_bytes=max_size_bytes, namespace=namespace, description=description
+            location.directory,
+            max_size_bytes=location.max_size_bytes,
+            namespace=namespace,
+            description=description,
+            min_free_bytes=location.min_free_bytes,
+            write_budget_bytes=location.write_budget_bytes,
+            read_only=location.read_only,
+            events=events,
         )
     paged = PagedCacheManager(
         namespace,
