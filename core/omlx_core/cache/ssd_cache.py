@@ -82,8 +82,8 @@ class PagedSSDCacheManager:
             return
         prepare_directory(directory, namespace, description)
         self._index = SSDIndex(directory)
-        budget = DiskBudget(directory, self._index, self._limits, self._stats)
-        publisher = BlockPublisher(directory, namespace, description, self._index, budget)
+        self._budget = DiskBudget(directory, self._index, self._limits, self._stats)
+        publisher = BlockPublisher(directory, namespace, description, self._index, self._budget)
         self._writer = BlockWriter(publisher, self._limits, self._stats, max_queued_bytes)
         self._unreadable = self._writer.unreadable
 
