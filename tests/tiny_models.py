@@ -30,6 +30,53 @@ def tiny_llama(dtype: str = "float32", seed: int = 0, **overrides: Any) -> Any:
     return _with_random_weights(Model(ModelArgs(**{**options, **overrides})), dtype, seed)
 
 
+def tiny_gemma3(window: int = 48, dtype: str = "float32", seed: int = 0) -> Any:
+    """A gemma3 with four layers of a sliding window and two of full attention."""
+    from mlx_lm.models.gemma3_text import Model, ModelArgs
+
+    args = ModelArgs(
+        model_type="gemma3_text",
+        hidden_size=64,
+        num_hidden_layers=6,
+        intermediate_size=128,
+        num_attention_heads=4,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        vocab_size=VOCAB_SIZE,
+        num_key_value_heads=2,
+        sliding_window=window,
+        sliding_window_pattern=3,
+        max_position_embeddings=4096,
+    )
+    return _with_random_weights(Model(args), dtype, seed)
+
+
+def tiny_lfm2(dtype: str = "float32", seed: int = 0) -> Any:
+    """An lfm2 with two short convolutions and two layers of full attention."""
+    from mlx_lm.models.lfm2 import Model, ModelArgs
+
+    args = ModelArgs(
+        model_type="lfm2",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=64,
+        block_ff_dim=128,
+        block_multiple_of=16,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        rope_theta=10000.0,
+        full_attn_idxs=[1, 3],
+    )
+    return _with_random_weights(Model(args), dtype, seed)
+
+
 def tiny_mamba(dtype: str = "float32", seed: int = 0, **overrides: Any) -> Any:
     """A mamba with two layers: its caches are ``ArraysCache``, which hold a state instead of tokens."""
     from mlx_lm.models.mamba import Model, ModelArgs

@@ -168,7 +168,9 @@ class EngineSettings(_Settings):
     Attributes:
         prefill_step_size: most prompt tokens between two decode steps of the running batch.
         max_batch_size: most requests that decode together; more wait in line.
+        checkpoint_stride_tokens: how far apart, in a long prompt, the state of recurrent layers is kept.
     """
 
     prefill_step_size: int = Field(default=512, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
+    checkpoint_stride_tokens: int = Field(default=4096, ge=1)

@@ -12,10 +12,11 @@ import pytest
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
 from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
+from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.cache.ssd_layout import block_path
-from omlx_core.cache.tiered_cache import PendingRestore, TieredCache
+from omlx_core.cache.tiered_cache import CapturedBlock, PendingRestore, TieredCache
 
 NAMESPACE = hash_namespace({"model": "tiny"})
 BLOCK_SIZE = 2
@@ -118,6 +119,12 @@ def make_cache(cold: FakeColdTier | PagedSSDCacheManager | None = None, hot_bloc
     return TieredCache(paged, ssd, events)
 
 
+def finish(cache: TieredCache, pending: PendingRestore, num_prompt_tokens: int) -> PrefixContent:
+    content = cache.finish_restore(pending, num_prompt_tokens)
+    assert content is not None
+    return content
+
+
 @dataclass
 class Request:
     """A request as the engine runs it: its token ids stand in for its keys and values."""
@@ -130,11 +137,11 @@ class Request:
     @classmethod
     def start(cls, cache: TieredCache, prompt: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Request:
         pending = cache.match(prompt, extra_keys)
-        payloads = cache.finish_restore(pending, len(prompt))
-        assert [bytes(payload.tensors["kv"].data) for payload in payloads] == [
+        content = finish(cache, pending, len(prompt))
+        assert [bytes(payload.tensors["kv"].data) for payload in content.rows] == [
             content_of(prompt[:stop]) for stop in range(BLOCK_SIZE, pending.table.num_tokens + 1, BLOCK_SIZE)
         ]
-        cache.promote(pending.table, payloads)
+        cache.promote(pending.table, content)
         return cls(cache, list(prompt), pending.table)
 
     @property
@@ -149,10 +156,11 @@ class Request:
     def store(self) -> None:
         self.cache.store(self.table, self._capture)
 
-    def _capture(self, ranges: Sequence[tuple[int, int]]) -> list[BlockPayload]:
-        assert ranges
-        self.captured.extend(ranges)
-        return [payload_of(self.prompt[:stop]) for _, stop in ranges]
+    def _capture(self, start: int, stop: int, has_rows: bool) -> CapturedBlock:
+        if has_rows:
+            return CapturedBlock(None)
+        self.captured.append((start, stop))
+        return CapturedBlock(payload_of(self.prompt[:stop]))
 
 
 def run(cache: TieredCache, prompt: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Request:
@@ -227,7 +235,7 @@ def test_ram_and_ssd_hits_are_told_apart(cold: FakeColdTier) -> None:
     serve(cache, [1, 2, 9])
     pending = cache.match([1, 2, 3, 4, 5, 6, 7])
     assert pending.num_hot_blocks == 1
-    assert len(cache.finish_restore(pending, num_prompt_tokens=7)) == 3
+    assert len(finish(cache, pending, 7).rows) == 3
     stats = cache.stats()
     assert (stats.matched_tokens_hot, stats.matched_tokens_cold) == (2, 2 + 4)
 
@@ -247,7 +255,7 @@ def test_a_restore_is_ready_when_its_last_read_is(cold: FakeColdTier) -> None:
     cold.gates[first].set()
     assert woken.acquire(timeout=WAIT_S)
     assert pending.is_ready()
-    assert len(cache.finish_restore(pending, 5)) == 2
+    assert len(finish(cache, pending, 5).rows) == 2
 
 
 def test_a_restore_from_ram_is_ready_at_once() -> None:
@@ -267,7 +275,7 @@ def test_reads_of_one_prefix_run_side_by_side(cold: FakeColdTier) -> None:
     assert all(event.wait(WAIT_S) for event in cold.reading.values())
     for gate in cold.gates.values():
         gate.set()
-    assert len(pending.payloads()) == 2
+    assert len(pending.content().rows) == 2
 
 
 def test_a_match_can_be_released_while_it_is_being_read(cold: FakeColdTier) -> None:
@@ -293,7 +301,7 @@ def test_a_failing_read_in_the_middle_cuts_the_prefix_there(cold: FakeColdTier) 
     cache = restart(cold)
     pending = cache.match(prompt)
     assert len(pending.table.blocks) == 3
-    [payload] = cache.finish_restore(pending, len(prompt))
+    [payload] = finish(cache, pending, len(prompt)).rows
     assert payload.tensors["kv"].data == content_of([1, 2])
     assert (pending.table.token_ids, pending.table.num_committed) == ([1, 2], 1)
     stats = cache.stats()
@@ -330,7 +338,7 @@ def test_only_what_was_restored_counts_as_a_hit(cold: FakeColdTier) -> None:
     cold.unreadable.add(hashes_of(prompt)[1])
     pending = cache.match(prompt)
     assert pending.num_hot_blocks == 1
-    assert len(cache.finish_restore(pending, len(prompt))) == 1
+    assert len(finish(cache, pending, len(prompt)).rows) == 1
     assert pending.num_hot_blocks == 0
     assert (cache.stats().matched_tokens_hot, cache.stats().matched_tokens_cold) == (0, 2)
 
@@ -618,7 +626,7 @@ def test_a_prefix_that_was_not_restored_whole_is_not_promoted_by_mistake(cold: F
     serve(cache, [1, 2, 3, 4, 5])
     table = cache.match([1, 2, 3, 4, 5]).table
     with pytest.raises(ValueError, match="shorter"):
-        cache.promote(table, [payload_of([1, 2])])
+        cache.promote(table, PrefixContent([payload_of([1, 2])], {}))
 
 
 # The rest of its life.
@@ -655,7 +663,7 @@ def test_close_waits_for_the_reads_that_run_before_it_closes_the_ssd_tier(cold: 
     cold.gates[block_hash].set()
     thread.join(WAIT_S)
     assert order == ["read", "closed 1"]
-    assert len(pending.payloads()) == 1
+    assert len(pending.content().rows) == 1
 
 
 # With the real SSD tier.
@@ -712,7 +720,7 @@ def test_pending_reads_are_given_in_the_order_of_the_prefix(open_cache: Callable
     with closing(open_cache()) as cache:
         serve(cache, prompt)
     pending: PendingRestore = open_cache().match(prompt)
-    contents = [bytes(payload.tensors["kv"].data) for payload in pending.payloads()]
+    contents = [bytes(payload.tensors["kv"].data) for payload in pending.content().rows]
     assert contents == [content_of(prompt[:stop]) for stop in range(2, 21, 2)]
 
 

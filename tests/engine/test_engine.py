@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mlx_lm.models.cache import ArraysCache
 from tiny_models import tiny_llama, tiny_mamba
 from tiny_tokenizer import tiny_tokenizer
 
@@ -24,6 +25,7 @@ from omlx_core.errors import (
     RequestCancelledError,
     UnknownParameterError,
 )
+from omlx_core.state import handlers
 
 BLOCK_SIZE = 16
 
@@ -277,7 +279,8 @@ def test_no_cache_reuses_nothing_and_holds_nothing(model, tmp_path: Path):
     assert not folder.exists()
 
 
-def test_model_with_unknown_layer_state_runs_uncached_and_says_so_once(caplog):
+def test_model_with_unknown_layer_state_runs_uncached_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.delitem(handlers._HANDLERS, ArraysCache)
     with Engine(tiny_mamba(), name="tiny mamba", cache=CacheSettings(block_size=BLOCK_SIZE)) as engine:
         for _ in range(2):
             result = engine.generate(tokens(50), max_tokens=5)

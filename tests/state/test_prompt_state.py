@@ -4,8 +4,9 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
@@ -25,8 +26,8 @@ def filled_layer(num_tokens, *, heads=2, dim=8, value_dim=8, dtype=mx.float32, s
     return layer
 
 
-def ranges(num_blocks):
-    return [(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
+def capture(codec, layers, num_blocks):
+    return [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
 
 
 def bits(array):
@@ -44,11 +45,11 @@ def from_disk(payload):
 @pytest.mark.parametrize("source", ["RAM", "SSD"])
 def test_restored_layers_hold_the_same_bits(dtype, source):
     layers = [filled_layer(50, dtype=dtype, seed=i, value_dim=4) for i in range(3)]
-    codec = PromptStateCodec(layers)
-    payloads = codec.capture(layers, ranges(3))
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    payloads = capture(codec, layers, 3)
     if source == "SSD":
         payloads = [from_disk(payload) for payload in payloads]
-    restored, _ = codec.restore(payloads, num_tokens=48, capacity=60)
+    restored, _ = codec.restore(PrefixContent(payloads, {}), num_tokens=48, capacity=60)
     for layer, original in zip(restored, layers, strict=True):
         assert layer.offset == 48
         for array, expected in zip(layer.keys_and_values(), original.keys_and_values(), strict=True):
@@ -59,10 +60,10 @@ def test_restored_layers_hold_the_same_bits(dtype, source):
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_writing_past_a_restored_prefix_leaves_its_blocks_alone(num_blocks):
     layers = [filled_layer(num_blocks * BLOCK_SIZE)]
-    codec = PromptStateCodec(layers)
-    payloads = codec.capture(layers, ranges(num_blocks))
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    payloads = capture(codec, layers, num_blocks)
     before = [bytes(tensor.data) for payload in payloads for tensor in payload.tensors.values()]
-    [layer], _ = codec.restore(payloads, num_tokens=num_blocks * BLOCK_SIZE, capacity=0)
+    [layer], _ = codec.restore(PrefixContent(payloads, {}), num_tokens=num_blocks * BLOCK_SIZE, capacity=0)
     layer.trim(BLOCK_SIZE)
     layer.update_and_fetch(mx.full((1, 2, 40, 8), 7.0), mx.full((1, 2, 40, 8), 7.0))
     layer.keys[...] = 9.0
@@ -72,8 +73,8 @@ def test_writing_past_a_restored_prefix_leaves_its_blocks_alone(num_blocks):
 
 def test_restored_layer_has_the_capacity_that_was_asked_for():
     layers = [filled_layer(BLOCK_SIZE)]
-    codec = PromptStateCodec(layers)
-    [layer], _ = codec.restore(codec.capture(layers, ranges(1)), num_tokens=BLOCK_SIZE, capacity=1000)
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    [layer], _ = codec.restore(PrefixContent(capture(codec, layers, 1), {}), num_tokens=BLOCK_SIZE, capacity=1000)
     assert layer.keys.shape[2] == layer.values.shape[2] == 1024
 
 
@@ -82,7 +83,7 @@ def test_captured_blocks_do_not_keep_the_cache_they_were_cut_from(heads):
     mx.clear_cache()
     before = mx.get_active_memory()
     layers = [filled_layer(4096, heads=heads, dim=64, value_dim=64)]
-    payloads = PromptStateCodec(layers).capture(layers, ranges(2))
+    payloads = capture(PromptStateCodec(layers, BLOCK_SIZE), layers, 2)
     del layers
     size_bytes = sum(payload.size_bytes for payload in payloads)
     assert size_bytes == 2 * BLOCK_SIZE * heads * 64 * 2 * 4
@@ -92,8 +93,8 @@ def test_captured_blocks_do_not_keep_the_cache_they_were_cut_from(heads):
 
 def test_payloads_from_ram_are_not_converted_again():
     layers = [filled_layer(32)]
-    codec = PromptStateCodec(layers)
-    first, second = codec.capture(layers, ranges(2))
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    first, second = capture(codec, layers, 2)
     mixed = with_arrays([first, from_disk(second)])
     assert mixed[0] is first
     assert mixed[1] == second
@@ -103,14 +104,14 @@ def test_payloads_from_ram_are_not_converted_again():
 def test_capture_beyond_what_was_computed_is_refused():
     layers = [filled_layer(20)]
     with pytest.raises(CacheInvariantError, match="layer 0 holds 20 tokens where its blocks say 32"):
-        PromptStateCodec(layers).capture(layers, ranges(2))
+        capture(PromptStateCodec(layers, BLOCK_SIZE), layers, 2)
 
 
 def test_restore_that_is_shorter_than_its_table_is_refused():
     layers = [filled_layer(32)]
-    codec = PromptStateCodec(layers)
-    with pytest.raises(CacheInvariantError, match="layer 0 holds 32 tokens where its blocks say 48"):
-        codec.restore(codec.capture(layers, ranges(2)), num_tokens=48, capacity=48)
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    with pytest.raises(CacheInvariantError, match="layer 0 lacks block 2 of tokens 0 to 48"):
+        codec.restore(PrefixContent(capture(codec, layers, 2), {}), num_tokens=48, capacity=48)
 
 
 def test_bytes_that_do_not_fit_their_shape_are_refused():
@@ -123,10 +124,10 @@ class KVCacheOfSomeoneElse(KVCache):
     pass
 
 
-@pytest.mark.parametrize("layer", [RotatingKVCache(max_size=8), KVCacheOfSomeoneElse()])
+@pytest.mark.parametrize("layer", [QuantizedKVCache(), KVCacheOfSomeoneElse()])
 def test_unknown_cache_class_is_not_cached(layer):
     with pytest.raises(UnsupportedLayerError, match=type(layer).__name__):
-        PromptStateCodec([KVCache(), layer])
+        PromptStateCodec([KVCache(), layer], BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (), (0, 4)])

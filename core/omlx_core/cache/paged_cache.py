@@ -16,6 +16,7 @@ from typing import Protocol
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.events import EventBus
+from omlx_core.cache.parts import PartKey, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -41,6 +42,7 @@ class BlockTable:
         blocks: the blocks, each held by one reference of this table.
         num_committed: how many leading blocks are published.
         num_saved: how many leading blocks the SSD tier has, or has taken in hand; `TieredCache` keeps count.
+        parts: windows and checkpoints of published blocks, each held by one reference of this table.
     """
 
     extra_keys: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ class BlockTable:
     blocks: list[CacheBlock] = field(default_factory=list)
     num_committed: int = 0
     num_saved: int = 0
+    parts: dict[PartKey, CacheBlock] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -192,6 +195,12 @@ class PagedCacheManager:
         block_hash = hash_block(parent or self._namespace, tokens, table.extra_keys)
         return FullBlock(position, block_hash, parent, tuple(tokens))
 
+    def has_payload(self, block_hash: BlockHash) -> bool:
+        """Whether a block's content is in RAM."""
+        with self._lock:
+            block = self._pool.get(block_hash)
+            return block is not None and block.payload is not None
+
     def share_block(self, table: BlockTable, full: FullBlock) -> bool:
         """Put the block that another sequence has published, if it is in RAM, in place of the table's own.
 
@@ -235,6 +244,54 @@ class PagedCacheManager:
                 self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
             return True
 
+    def acquire_parts(self, table: BlockTable, keys: Iterable[PartKey]) -> bool:
+        """Find and hold parts of a table's blocks, all or none.
+
+        Returns:
+            Whether a tier has all of them.
+        """
+        found: dict[PartKey, CacheBlock] = {}
+        for key in keys:
+            block = self._acquire(self._part_hash(table, key))
+            if block is None:
+                with self._lock:
+                    for block in found.values():
+                        self._pool.release(block)
+                return False
+            found[key] = block
+        table.parts.update(found)
+        return True
+
+    def commit_part(
+        self, table: BlockTable, key: PartKey, payload: BlockPayload, *, in_cold_tier: bool = False
+    ) -> bool:
+        """Publish a part of a published block, unless a tier has it.
+
+        Returns:
+            Whether it is published. False: no tier has room for it now.
+        """
+        part_hash = self._part_hash(table, key)
+        with self._lock:
+            block = self._pool.get(part_hash)
+            has_payload = block is not None and block.payload is not None
+            if not has_payload and not in_cold_tier and not self._make_room(payload.size_bytes):
+                return False
+            if key in table.parts:
+                block = table.parts[key]
+            elif block is not None:
+                self._pool.acquire(block)
+            else:
+                try:
+                    block = self._pool.allocate()
+                except BlockPoolExhaustedError:
+                    return False
+                self._pool.register(block, part_hash)
+            table.parts[key] = block
+            if block.payload is None and self._make_room(payload.size_bytes):
+                self._pool.attach(block, payload)
+                self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
+            return True
+
     def promote(self, block: CacheBlock, payload: BlockPayload) -> None:
         """Keep in RAM what was read from the SSD tier, if there is room for it."""
         with self._lock:
@@ -246,6 +303,7 @@ class PagedCacheManager:
     def truncate(self, table: BlockTable, num_blocks: int) -> None:
         """Let go of all blocks of a table but the first `num_blocks`, whose content turned out to be gone."""
         with self._lock:
+            self._release_parts(table, num_blocks)
             for block in reversed(table.blocks[num_blocks:]):
                 self._pool.release(block)
         del table.blocks[num_blocks:]
@@ -256,7 +314,7 @@ class PagedCacheManager:
     def fork_block_table(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks, sharing the partial last one until either writes to it."""
         with self._lock:
-            for block in table.blocks:
+            for block in [*table.blocks, *table.parts.values()]:
                 self._pool.acquire(block)
         return BlockTable(
             table.extra_keys,
@@ -264,11 +322,13 @@ class PagedCacheManager:
             list(table.blocks),
             num_committed=table.num_committed,
             num_saved=table.num_saved,
+            parts=dict(table.parts),
         )
 
     def free_block_table(self, table: BlockTable) -> None:
         """Drop a table's references, tip first, so that leaves are evicted before the trunk. Idempotent."""
         with self._lock:
+            self._release_parts(table, 0)
             for block in reversed(table.blocks):
                 self._pool.release(block)
         table.blocks.clear()
@@ -321,6 +381,17 @@ class PagedCacheManager:
             block.num_tokens = self.block_size
             self._pool.register(block, block_hash)
             return block
+
+    def _part_hash(self, table: BlockTable, key: PartKey) -> BlockHash:
+        block_hash = table.blocks[key.position].block_hash
+        if block_hash is None:
+            raise CacheInvariantError(f"block {key.position} has a {key.part} before it is published")
+        return hash_part(block_hash, key.part)
+
+    def _release_parts(self, table: BlockTable, num_blocks: int) -> None:
+        """Let go of the parts of all blocks but the first `num_blocks`, deepest first; the lock is held."""
+        for key in sorted(key for key in table.parts if key.position >= num_blocks)[::-1]:
+            self._pool.release(table.parts.pop(key))
 
     def _publish(self, table: BlockTable, full: FullBlock, published: CacheBlock | None) -> CacheBlock:
         """Register the table's own block, or put the one that is published already in its place."""

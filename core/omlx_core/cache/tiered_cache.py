@@ -7,24 +7,45 @@ nothing waits. Losing the race for space or finding a file damaged costs a recom
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.block_pool import CacheBlock
 from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.paged_cache import BlockTable, HotCacheStats, PagedCacheManager
+from omlx_core.cache.parts import WINDOW, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
 
 _NUM_IO_THREADS = 4
 
-CaptureBlocks = Callable[[Sequence[tuple[int, int]]], Sequence[BlockPayload]]
-"""Copies token ranges ``[start, stop)`` of a running sequence's layer caches into payloads, one each."""
+
+@dataclass(frozen=True, slots=True)
+class CapturedBlock:
+    """What a block that has filled holds.
+
+    Attributes:
+        rows: its rows; None if they were not asked for, because RAM has them.
+        window: its windowed layers' rows; None if there are no such layers.
+    """
+
+    rows: BlockPayload | None
+    window: BlockPayload | None = None
+
+
+CaptureBlock = Callable[[int, int, bool], CapturedBlock | None]
+"""Copies the tokens ``[start, stop)`` of a running sequence; without rows if the last argument says that RAM has them.
+None if they can't be had any more."""
+
+Needs = Callable[[int], Iterable[PartKey]]
+"""The parts that a restore of so many blocks needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +74,52 @@ class CacheStats:
         return self.matched_tokens_hot + self.matched_tokens_cold
 
 
+Content = BlockPayload | Future[BlockPayload | None]
+
+
 class PendingRestore:
-    """The content of a matched prefix, part of which may still be on its way from the SSD tier.
+    """The content of a matched prefix, some of which may still be on its way from the SSD tier.
 
     Attributes:
-        table: the matched blocks.
+        table: the matched blocks, up to the last one at which every layer can be restored.
+        num_matched_blocks: how many blocks of the prompt a tier has; those behind the table's lack a part.
     """
 
-    def __init__(self, table: BlockTable, contents: list[BlockPayload | Future[BlockPayload | None]]) -> None:
+    def __init__(
+        self, table: BlockTable, num_matched_blocks: int, rows: list[Content], parts: dict[PartKey, Content]
+    ) -> None:
         self.table = table
-        self._contents = contents
+        self.num_matched_blocks = num_matched_blocks
+        self._rows = rows
+        self._parts = parts
 
     @property
     def num_hot_blocks(self) -> int:
-        """How many of the blocks were in RAM when they were matched; once they are read, of those that count."""
-        return sum(not isinstance(content, Future) for content in self._contents)
+        """How many of the table's blocks were in RAM, with all that is needed of them, when they were matched."""
+        cold = {position for position, content in enumerate(self._rows) if isinstance(content, Future)}
+        cold |= {key.position for key, content in self._parts.items() if isinstance(content, Future)}
+        return len(self.table.blocks) - len(cold & set(range(len(self.table.blocks))))
 
     def is_ready(self) -> bool:
         """Whether `TieredCache.finish_restore` would return without waiting."""
-        return all(content.done() for content in self._contents if isinstance(content, Future))
+        return all(future.done() for future in self._futures())
 
     def notify(self, callback: Callable[[], None]) -> None:
         """Call back, from an I/O thread, whenever a read has finished."""
-        for content in self._contents:
-            if isinstance(content, Future):
-                content.add_done_callback(lambda _: callback())
+        for future in self._futures():
+            future.add_done_callback(lambda _: callback())
 
-    def payloads(self) -> list[BlockPayload]:
-        """The content up to the first block that could not be read. Waits for reads that still run."""
-        found = []
-        for content in self._contents:
-            payload = content.result() if isinstance(content, Future) else content
-            if payload is None:
-                break
-            found.append(payload)
-        del self._contents[len(found) :]
-        return found
+    def content(self) -> PrefixContent:
+        """What could be read: the rows up to the first block that could not, and parts. Waits for reads that run."""
+        rows = list(itertools.takewhile(lambda payload: payload is not None, map(_wait, self._rows)))
+        parts = {key: _wait(content) for key, content in self._parts.items()}
+        return PrefixContent(
+            [payload for payload in rows if payload is not None],
+            {key: payload for key, payload in parts.items() if payload is not None},
+        )
+
+    def _futures(self) -> list[Future[BlockPayload | None]]:
+        return [content for content in (*self._rows, *self._parts.values()) if isinstance(content, Future)]
 
 
 class TieredCache:
@@ -128,50 +159,72 @@ class TieredCache:
         """Tokens per block."""
         return self._paged.block_size
 
-    def match(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> PendingRestore:
+    def match(
+        self,
+        token_ids: Sequence[int],
+        extra_keys: tuple[str, ...] = (),
+        needs: Needs = lambda _: (),
+        *,
+        max_tokens: int | None = None,
+    ) -> PendingRestore:
         """Find and hold the longest cached prefix that leaves a token to compute; start reading what is on SSD.
+
+        Args:
+            token_ids: the whole prompt.
+            extra_keys: must equal those that the blocks were stored under.
+            needs: the parts, besides rows, that a restore of that many blocks needs. The prefix is cut to where a
+                tier has all of them.
+            max_tokens: reuse no more than this; None leaves one token.
 
         Returns:
             What `finish_restore` completes. Its table must be given to `release` in any case.
         """
-        table = self._paged.get_computed_blocks(token_ids, extra_keys, max_tokens=len(token_ids) - 1)
-        contents: list[BlockPayload | Future[BlockPayload | None]] = []
-        for position, block in enumerate(table.blocks):
-            payload = block.payload
-            if payload is not None:
-                contents.append(payload)
-            elif self._ssd is not None and self._readers is not None and block.block_hash is not None:
-                tokens = self._tokens_of(table, position)
-                contents.append(self._readers.submit(self._ssd.load_block, block.block_hash, tokens))
+        limit = len(token_ids) - 1 if max_tokens is None else max_tokens
+        table = self._paged.get_computed_blocks(token_ids, extra_keys, max_tokens=limit)
+        num_matched = num_blocks = len(table.blocks)
+        while num_blocks and not self._paged.acquire_parts(table, needs(num_blocks)):
+            num_blocks -= 1
+        self._paged.truncate(table, num_blocks)
+        rows = [self._content(block, self._tokens_of(table, i)) for i, block in enumerate(table.blocks)]
+        parts = {key: self._content(block, ()) for key, block in table.parts.items()}
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
             # be continued on SSD, where a child is written only after its parent.
             self._hand_over(table, self._ssd)
-            self._ssd.touch([block.block_hash for block in table.blocks if block.block_hash is not None])
-        return PendingRestore(table, contents)
+            used = [*table.blocks, *table.parts.values()]
+            self._ssd.touch([block.block_hash for block in used if block.block_hash is not None])
+        return PendingRestore(table, num_matched, rows, parts)
 
-    def finish_restore(self, pending: PendingRestore, num_prompt_tokens: int) -> list[BlockPayload]:
-        """The content of the matched blocks, in order; the table is cut where a block could not be read."""
-        payloads = pending.payloads()
+    def finish_restore(self, pending: PendingRestore, num_prompt_tokens: int) -> PrefixContent | None:
+        """The content of the matched blocks; the table is cut where a block could not be read.
+
+        Returns:
+            None if what is left can't be restored, because a part is lost: match again, which then finds less.
+        """
+        content = pending.content()
         table = pending.table
-        self._lost_blocks += len(table.blocks) - len(payloads)
-        self._paged.truncate(table, len(payloads))
+        num_lost = len(table.blocks) - len(content.rows) + len(table.parts) - len(content.parts)
+        self._lost_blocks += num_lost
+        if num_lost and table.parts:
+            return None
+        self._paged.truncate(table, len(content.rows))
         num_hot = pending.num_hot_blocks
-        hot, cold = payloads[:num_hot], payloads[num_hot:]
+        hot, cold = content.rows[:num_hot], content.rows[num_hot:]
         self._events.publish("hit", "hot", num_blocks=num_hot, size_bytes=_size_bytes(hot))
         self._events.publish("hit", "cold", num_blocks=len(cold), size_bytes=_size_bytes(cold))
         num_missed = (num_prompt_tokens - table.num_tokens) // self.block_size
         self._events.publish("miss", "cold" if self._ssd else "hot", num_blocks=num_missed, size_bytes=0)
-        hot_tokens = num_hot * self.block_size
-        self._matched_tokens_hot += hot_tokens
-        self._matched_tokens_cold += table.num_tokens - hot_tokens
+        self._matched_tokens_hot += num_hot * self.block_size
+        self._matched_tokens_cold += len(cold) * self.block_size
         self._missed_tokens += num_prompt_tokens - table.num_tokens
-        return payloads
+        return content
 
-    def promote(self, table: BlockTable, payloads: Sequence[BlockPayload]) -> None:
+    def promote(self, table: BlockTable, content: PrefixContent) -> None:
         """Keep in RAM what was read from SSD, as far as there is room, the trunk first."""
-        for block, payload in zip(table.blocks, payloads, strict=True):
+        for block, payload in zip(table.blocks, content.rows, strict=True):
             self._paged.promote(block, payload)
+        for key, payload in content.parts.items():
+            self._paged.promote(table.parts[key], payload)
 
     def discard(self, table: BlockTable) -> None:
         """Give up a matched prefix that could not be put to use; the sequence is then computed from its start."""
@@ -181,24 +234,42 @@ class TieredCache:
         """Account for tokens that have been computed."""
         self._paged.append_tokens(table, token_ids)
 
-    def store(self, table: BlockTable, capture: CaptureBlocks) -> None:
+    def store(self, table: BlockTable, capture: CaptureBlock) -> None:
         """Publish every block that has filled, in order, in both tiers.
 
         What no tier has room for stays unpublished, and so does all that follows it: a chain never has a hole. A
         later call tries again.
         """
         while (full := self._paged.next_full_block(table)) is not None:
-            if self._paged.share_block(table, full):
-                continue
-            # One at a time: what is copied but finds no room would be copied again at every later call.
             start = full.position * self.block_size
-            [payload] = capture([(start, start + self.block_size)])
-            in_cold_tier = False
-            if self._ssd is not None and self._hand_over(table, self._ssd) and table.num_saved == full.position:
-                in_cold_tier = self._save(self._ssd, full.block_hash, full.parent_hash, full.token_ids, payload)
-            if not self._paged.commit_block(table, full, payload, in_cold_tier=in_cold_tier):
+            captured = capture(start, start + self.block_size, self._paged.has_payload(full.block_hash))
+            if captured is None:
                 return
-            table.num_saved += in_cold_tier
+            if captured.rows is None:
+                if not self._paged.share_block(table, full):
+                    return
+            else:
+                in_cold_tier = False
+                if self._ssd is not None and self._hand_over(table, self._ssd) and table.num_saved == full.position:
+                    in_cold_tier = self._save(
+                        self._ssd, full.block_hash, full.parent_hash, full.token_ids, captured.rows
+                    )
+                if not self._paged.commit_block(table, full, captured.rows, in_cold_tier=in_cold_tier):
+                    return
+                table.num_saved += in_cold_tier
+            if captured.window is not None:
+                self.store_part(table, PartKey(full.position, WINDOW), captured.window)
+
+    def store_part(self, table: BlockTable, key: PartKey, payload: BlockPayload) -> None:
+        """Publish a part of a block, if that is published; where there is no room for it, it is not kept."""
+        if key.position >= table.num_committed:
+            return
+        in_cold_tier = False
+        if self._ssd is not None and self._hand_over(table, self._ssd):
+            block_hash = table.blocks[key.position].block_hash
+            if block_hash is not None:
+                in_cold_tier = self._save(self._ssd, hash_part(block_hash, key.part), block_hash, (), payload)
+        self._paged.commit_part(table, key, payload, in_cold_tier=in_cold_tier)
 
     def release(self, table: BlockTable) -> None:
         """Let go of a table's blocks, once the SSD tier has them in hand; they stay cached until they are evicted."""
@@ -279,6 +350,12 @@ class TieredCache:
             self._ssd.close(max(0.0, deadline_s - time.monotonic()))
         self._events.close()
 
+    def _content(self, block: CacheBlock, token_ids: Sequence[int]) -> Content:
+        payload = block.payload
+        if payload is None and self._ssd is not None and self._readers is not None and block.block_hash is not None:
+            return self._readers.submit(self._ssd.load_block, block.block_hash, token_ids)
+        return payload if payload is not None else _resolved(None)
+
     def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
 
@@ -302,6 +379,12 @@ class TieredCache:
                 if not self._save(ssd, block.block_hash, parent_hash, tokens, block.payload):
                     return ssd.stats().queued_blocks == 0
             table.num_saved += 1
+        for key, part in table.parts.items():
+            if part.payload is None or part.block_hash is None or ssd.has_block(part.block_hash):
+                continue
+            parent_hash = table.blocks[key.position].block_hash
+            if not self._save(ssd, part.block_hash, parent_hash, (), part.payload):
+                return ssd.stats().queued_blocks == 0
         return True
 
     def _save(
@@ -321,6 +404,16 @@ class TieredCache:
         del block_hash, is_on_disk  # either way the queue has room again
         if self._unsaved:
             self._wake()
+
+
+def _wait(content: Content) -> BlockPayload | None:
+    return content.result() if isinstance(content, Future) else content
+
+
+def _resolved(payload: BlockPayload | None) -> Future[BlockPayload | None]:
+    future: Future[BlockPayload | None] = Future()
+    future.set_result(payload)
+    return future
 
 
 def _size_bytes(payloads: Sequence[BlockPayload]) -> int:

@@ -22,6 +22,7 @@ from omlx_core.engine.request import Emit, Request
 from omlx_core.engine.results import GenerationChunk, GenerationResult
 from omlx_core.engine.scheduler import Scheduler
 from omlx_core.errors import CacheInvariantError, InvalidParameterError, InvalidSettingError
+from omlx_core.model.fingerprint import model_arrays
 from omlx_core.model.loading import LoadedModel, context_length, load_model
 from omlx_core.model.prompts import PromptEncoder
 from omlx_core.settings import CacheSettings, EngineSettings
@@ -56,8 +57,8 @@ class Engine:
         settings: EngineSettings | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        # An array may change threads once it is evaluated, not before.
-        mx.eval(model.parameters())
+        # An array may change threads once it is evaluated, not before; that goes for those that aren't parameters too.
+        mx.eval(list(model_arrays(model).values()))
         loaded = LoadedModel(model=model, tokenizer=tokenizer, name=name, config=config or {}, adapter_path=None)
         self._start(name, lambda: loaded, cache, settings)
 
@@ -100,15 +101,15 @@ class Engine:
             raise InvalidSettingError(f"cache={cache!r}: give a CacheSettings")
         scheduler = Scheduler(name, EngineSettings() if settings is None else settings)
 
-        def load_and_serve() -> tuple[LoadedModel, TieredCache]:
+        def load_and_serve() -> tuple[LoadedModel, TieredCache, bool]:
             loaded = load()
             tiers, codec = open_prefix_cache(loaded, cache)
             end_token_ids = sorted(loaded.tokenizer.eos_token_ids) if loaded.tokenizer else []
             scheduler.serve(loaded.model, end_token_ids, tiers, codec)
-            return loaded, tiers
+            return loaded, tiers, codec is not None and codec.has_checkpoints
 
         try:
-            loaded, tiers = scheduler.run_on_thread(load_and_serve)
+            loaded, tiers, self._has_checkpoints = scheduler.run_on_thread(load_and_serve)
         except BaseException:
             scheduler.close()
             raise
@@ -266,7 +267,10 @@ class Engine:
         if self._context_length is not None:
             room = self._context_length - len(prompt_ids)
             params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
-        return lambda emit: Request(prompt_ids, params, emit, OutputAssembler(self._tokenizer, params))
+        system_tokens = self._encoder.count_system_tokens(prompt, prompt_ids) if self._has_checkpoints else 0
+        return lambda emit: Request(
+            prompt_ids, params, emit, OutputAssembler(self._tokenizer, params), system_tokens=system_tokens
+        )
 
     def _cancel(self, request: Request) -> None:
         request.cancel()

@@ -21,6 +21,12 @@ from omlx_core.state.prompt_state import PromptStateCodec, UnsupportedLayerError
 
 logger = logging.getLogger(__name__)
 
+# Models whose tokens, in mlx-lm 0.32 itself, depend on where a prompt is cut; a restored prefix is a cut.
+_CUT_DEPENDENT = {
+    "phi3small": "its block-sparse layers let a token see later ones of the same prefill step",
+    "plamo3": "its mask admits one token more than its window keeps",
+}
+
 
 def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[TieredCache, PromptStateCodec | None]:
     """Open both tiers for a model.
@@ -38,9 +44,12 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
     if unbatchable:
         raise ModelLoadError(f"{loaded.name}: mlx-lm can't batch caches of class {', '.join(unbatchable)}")
     codec = None
-    if not settings.no_cache:
+    model_type = type(loaded.model).__module__.rpartition(".")[2]
+    if model_type in _CUT_DEPENDENT:
+        logger.warning("%s runs without a prefix cache: %s", loaded.name, _CUT_DEPENDENT[model_type])
+    elif not settings.no_cache:
         try:
-            codec = PromptStateCodec(template)
+            codec = PromptStateCodec(template, settings.block_size)
         except UnsupportedLayerError as exc:
             logger.warning("%s runs without a prefix cache: no way to cut %s into blocks", loaded.name, exc)
     description = describe_namespace(

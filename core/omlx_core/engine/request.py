@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from omlx_core.cache.paged_cache import BlockTable
+from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.tiered_cache import PendingRestore
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationParams
 from omlx_core.engine.results import FinishReason, GenerationChunk, GenerationResult, Usage
 from omlx_core.state.prompt_state import PromptCache
+from omlx_core.state.recorder import WindowRecorder
 
 Emit = Callable[[GenerationChunk | BaseException], None]
 """Takes an answer's pieces, and in the end a chunk with the result or an exception. Called on the MLX thread."""
@@ -27,10 +29,14 @@ class Request:
         emit: where the answer goes.
         output: the answer so far.
         submitted_s: `time.perf_counter` at the call.
+        system_tokens: how many tokens of the prompt belong to its system messages, if that is known.
         table: the blocks it holds; None if the model isn't cached.
         pending: the matched prefix while its content is on the way.
         prompt_cache: the layers' state during prefill; handed to mlx-lm's batch after it.
         num_computed: prompt tokens that `prompt_cache` holds.
+        recorder: keeps what windows would drop; None if the model has none.
+        checkpoints_at: numbers of tokens after which the recurrent layers' state is to be kept.
+        last_checkpoint: the newest state at a block boundary of the answer, with its number of tokens.
     """
 
     prompt_ids: list[int]
@@ -38,11 +44,15 @@ class Request:
     emit: Emit
     output: OutputAssembler
     submitted_s: float = field(default_factory=time.perf_counter)
+    system_tokens: int = 0
     is_cancelled: bool = False
     table: BlockTable | None = None
     pending: PendingRestore | None = None
     prompt_cache: PromptCache | None = None
     num_computed: int = 0
+    recorder: WindowRecorder | None = None
+    checkpoints_at: set[int] = field(default_factory=set)
+    last_checkpoint: tuple[int, BlockPayload] | None = None
     cached_tokens_hot: int = 0
     cached_tokens_cold: int = 0
     ttft_s: float | None = None

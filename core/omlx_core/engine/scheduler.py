@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, TypeVar
 
 from omlx_core.mlx_backend import mx
@@ -22,12 +21,15 @@ from omlx_core.mlx_backend import mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from omlx_core.cache.tiered_cache import TieredCache
+from omlx_core.cache.parts import CHECKPOINT, PartKey
+from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import make_sampler
 from omlx_core.errors import EngineClosedError, EngineError, OMLXError, RequestCancelledError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
+from omlx_core.state.recorder import WindowRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -189,48 +191,75 @@ class Scheduler:
         if request.prompt_cache is None:
             if self._codec is None or self._cache is None:
                 request.prompt_cache = make_prompt_cache(self._model)
-            elif request.pending is None:
-                request.pending = self._cache.match(request.prompt_ids, request.params.extra_keys)
-                request.table = request.pending.table
-                request.pending.notify(self.wake)
-            if request.pending is not None:
-                if not request.pending.is_ready():
-                    return
-                self._restore(request)
+            elif not self._restore(request, self._cache, self._codec):
+                return
         # The last token is left to the batch, whose first step gives the first logits.
-        remaining = request.prompt_ids[request.num_computed : -1]
-        step = remaining[: self._settings.prefill_step_size]
+        end = len(request.prompt_ids) - 1
+        stop = min(request.num_computed + self._settings.prefill_step_size, end)
+        if end - stop == 1:
+            stop = end  # see `_last_boundary`
+        # A recurrent state can only be had where the computation stops.
+        stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
+        step = request.prompt_ids[request.num_computed : stop]
         if step:
             self._compute(request, step)
-        if len(step) == len(remaining):
+        if request.num_computed == len(request.prompt_ids) - 1:
             self._prefilling = None
             self._join_batch(request)
 
-    def _restore(self, request: Request) -> None:
-        """Fill the request's prompt cache from the matched blocks; from nothing if that fails."""
-        cache, codec, pending = self._cache, self._codec, request.pending
-        if cache is None or codec is None or pending is None:
-            return
+    def _restore(self, request: Request, cache: TieredCache, codec: PromptStateCodec) -> bool:
+        """Match the prompt, and fill the prompt cache from the matched blocks; False while they are being read."""
+        if request.pending is None:
+            max_tokens = _last_boundary(len(request.prompt_ids), cache.block_size)
+            request.pending = cache.match(
+                request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
+            )
+            request.table = request.pending.table
+            request.pending.notify(self.wake)
+        pending = request.pending
+        if not pending.is_ready():
+            return False
         request.pending = None
-        payloads = cache.finish_restore(pending, len(request.prompt_ids))
+        content = cache.finish_restore(pending, len(request.prompt_ids))
+        if content is None:
+            cache.release(pending.table)
+            return self._restore(request, cache, codec)
         num_tokens = pending.table.num_tokens
         request.prompt_cache = make_prompt_cache(self._model)
-        if not payloads:
-            return
-        try:
-            with mx.stream(self._batch().stream):
-                request.prompt_cache, payloads = codec.restore(
-                    payloads, num_tokens=num_tokens, capacity=len(request.prompt_ids)
-                )
-        except Exception:
-            # Whatever is wrong with the blocks, the prompt can be computed; the answer must not suffer.
-            logger.exception("a prefix of %d tokens could not be restored and is computed again", num_tokens)
-            cache.discard(pending.table)
-            return
-        cache.promote(pending.table, payloads)
+        if num_tokens:
+            try:
+                with mx.stream(self._batch().stream):
+                    request.prompt_cache, content = codec.restore(
+                        content, num_tokens=num_tokens, capacity=len(request.prompt_ids)
+                    )
+            except Exception:
+                # Whatever is wrong with the blocks, the prompt can be computed; the answer must not suffer.
+                logger.exception("a prefix of %d tokens could not be restored and is computed again", num_tokens)
+                cache.discard(pending.table)
+                num_tokens = 0
+            else:
+                cache.promote(pending.table, content)
+                request.cached_tokens_hot = pending.num_hot_blocks * cache.block_size
+                request.cached_tokens_cold = num_tokens - request.cached_tokens_hot
         request.num_computed = num_tokens
-        request.cached_tokens_hot = pending.num_hot_blocks * cache.block_size
-        request.cached_tokens_cold = num_tokens - request.cached_tokens_hot
+        if codec.has_windows:
+            request.recorder = WindowRecorder(codec, cache.block_size, num_tokens)
+        if codec.has_checkpoints:
+            request.checkpoints_at = self._plan_checkpoints(request, pending.num_matched_blocks * cache.block_size)
+        return True
+
+    def _plan_checkpoints(self, request: Request, num_matched: int) -> set[int]:
+        """Where the recurrent state is worth keeping.
+
+        At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
+        conversations; where this prompt was seen to leave an earlier one, for the third that shares their beginning;
+        and at a wide stride.
+        """
+        size = self._block_size
+        last = _last_boundary(len(request.prompt_ids), size)
+        stride = self._settings.checkpoint_stride_tokens
+        wanted = {last, request.system_tokens // size * size, num_matched, *range(stride, last, stride)}
+        return {at for at in wanted if request.num_computed < at <= last}
 
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         with mx.stream(self._batch().stream):
@@ -239,6 +268,10 @@ class Scheduler:
             request.num_computed += len(token_ids)
             self._account(request, token_ids)
             self._store(request, request.prompt_cache)
+            if self._codec is not None and request.prompt_cache and request.num_computed in request.checkpoints_at:
+                self._store_checkpoint(
+                    request, request.num_computed, self._codec.capture_checkpoint(request.prompt_cache)
+                )
         mx.clear_cache()
 
     def _join_batch(self, request: Request) -> None:
@@ -272,9 +305,29 @@ class Scheduler:
             if response.finish_reason is not None:
                 self._finish(response.uid, response.prompt_cache)
                 request.emit_result(response.finish_reason)
-            elif request.output.has_met_stop_text:
+                continue
+            self._record(response.uid, request)
+            if request.output.has_met_stop_text:
                 self._remove_from_batch(response.uid)
                 request.emit_result("stop")
+
+    def _record(self, uid: int, request: Request) -> None:
+        """Keep, while an answer grows, what its layers are about to forget."""
+        if self._codec is None or request.table is None or not request.params.store:
+            return
+        num_tokens = request.table.num_tokens
+        is_boundary = num_tokens % self._block_size == 0
+        is_due = is_boundary and (self._codec.has_windows or self._codec.has_checkpoints)
+        if request.recorder is not None:
+            is_due = is_due or num_tokens - request.recorder.num_tokens >= self._codec.smallest_window
+        if not is_due:
+            return
+        prompt_cache, _ = self._batch().extract_cache([uid])[uid]
+        with mx.stream(self._batch().stream):
+            if request.recorder is not None:
+                request.recorder.record(prompt_cache, num_tokens)
+            if is_boundary and self._codec.has_checkpoints:
+                request.last_checkpoint = num_tokens, self._codec.capture_checkpoint(prompt_cache)
 
     def _remove_from_batch(self, uid: int) -> None:
         prompt_cache, _ = self._batch().remove([uid], return_prompt_caches=True)[uid]
@@ -286,6 +339,8 @@ class Scheduler:
         try:
             with mx.stream(self._batch().stream):
                 self._store(request, prompt_cache)
+                if request.last_checkpoint is not None:
+                    self._store_checkpoint(request, *request.last_checkpoint)
         except Exception:
             logger.exception("an answer could not be stored in the cache")
         self._leave(request)
@@ -297,15 +352,35 @@ class Scheduler:
             self._cache.append_tokens(request.table, token_ids)
 
     def _store(self, request: Request, prompt_cache: PromptCache | None) -> None:
-        if not request.params.store:
+        cache, codec, table, recorder = self._cache, self._codec, request.table, request.recorder
+        if cache is None or codec is None or table is None or not prompt_cache or not request.params.store:
             return
-        if self._cache is not None and self._codec is not None and request.table is not None and prompt_cache:
-            self._cache.store(request.table, partial(self._codec.capture, prompt_cache))
+        if recorder is not None:
+            recorder.record(prompt_cache, table.num_tokens)
+
+        def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock | None:
+            window = None
+            if recorder is not None:
+                window = recorder.take(start // cache.block_size)
+                if window is None:
+                    return None
+            return CapturedBlock(None if has_rows else codec.capture_rows(prompt_cache, start, stop), window)
+
+        cache.store(table, capture)
+
+    def _store_checkpoint(self, request: Request, num_tokens: int, payload: BlockPayload) -> None:
+        if self._cache is not None and request.table is not None and request.params.store:
+            key = PartKey(num_tokens // self._cache.block_size - 1, CHECKPOINT)
+            self._cache.store_part(request.table, key, payload)
 
     def _leave(self, request: Request) -> None:
         if self._cache is not None and request.table is not None:
             self._cache.release(request.table)
         request.prompt_cache = request.pending = None
+
+    @property
+    def _block_size(self) -> int:
+        return self._cache.block_size if self._cache is not None else 1
 
     # Batch.
 
@@ -328,6 +403,17 @@ class Scheduler:
         for request in requests:
             self._leave(request)
             request.emit(error)
+
+
+def _last_boundary(num_prompt_tokens: int, block_size: int) -> int:
+    """The last block boundary of a prompt that leaves tokens to compute: one for the batch, and none or several more.
+
+    Not one: a prefill step of a single token takes a path of its own through sliding windows and latent attention,
+    which rounds otherwise, and the answer would not be the cold run's to the last bit.
+    """
+    end = num_prompt_tokens - 1
+    boundary = end // block_size * block_size
+    return max(boundary - block_size, 0) if end - boundary == 1 else boundary
 
 
 def _as_engine_error(exc: Exception) -> OMLXError:

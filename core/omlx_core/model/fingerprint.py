@@ -84,6 +84,13 @@ def describe_namespace(
     }
 
 
+def model_arrays(model: Any) -> dict[str, Any]:
+    """Every array that a model holds, by path: its parameters, and what it keeps beside them, such as frequencies."""
+    walk = _ModelWalk()
+    walk.visit("model", model)
+    return walk.arrays
+
+
 class _ModelWalk:
     """Collects the arrays, the groups and all other attributes of a module and the modules in it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,23 @@ class PromptEncoder:
                 "hold it and the answer: shorten the prompt"
             )
         return token_ids
+
+    def count_system_tokens(self, prompt: Prompt, prompt_ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens its leading system messages make up; 0 if that can't be told.
+
+        Args:
+            prompt: the prompt.
+            prompt_ids: what `encode` made of it.
+        """
+        if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+            return 0
+        leading = itertools.takewhile(lambda item: isinstance(item, Mapping) and item.get("role") == "system", prompt)
+        try:
+            alone = self._render([item for item in leading if isinstance(item, Mapping)], add_generation_prompt=False)
+        except InvalidPromptError:
+            return 0  # some templates want a user's message
+        pairs = zip(alone, prompt_ids, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def encode_unbounded(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any length, for counting.
@@ -114,10 +132,17 @@ class PromptEncoder:
                     f"prompt[{position}]['content'] is {type(content).__name__}: give text, or a list of parts if "
                     "the model's template takes them"
                 )
+        return self._render(messages, add_generation_prompt=True)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        if not messages:
+            return []
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                    [dict(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
                 # The template writes the special tokens itself.
                 ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,19 +1,20 @@
-"""The state of a whole model after a prompt: one cache per layer, as mlx-lm's `make_prompt_cache` gives it."""
+"""The state of a whole model after a prompt, cut into the parts of blocks and put together again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omlx_core.mlx_backend import mx
 
+from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
-from omlx_core.state.handlers import LayerStateHandler, find_handler
+from omlx_core.state.handlers import Arrays, RecurrentHandler, RowHandler, find_handler, leaves_of, rebuild
 
 PromptCache = list[Any]
-"""One mlx-lm cache object per layer."""
+"""One mlx-lm cache object per layer, as its `make_prompt_cache` gives it."""
 
 
 class UnsupportedLayerError(Exception):
@@ -21,86 +22,178 @@ class UnsupportedLayerError(Exception):
 
 
 class PromptStateCodec:
-    """Turns token ranges of a prompt cache into block payloads, and a run of payloads into a prompt cache.
+    """Turns what a prompt cache holds into block payloads, and block payloads into a prompt cache.
 
     Args:
-        template: a prompt cache of the model, fresh or used; only its classes matter.
+        template: a prompt cache of the model, fresh or used; only its classes and settings matter.
+        block_size: tokens per block.
 
     Raises:
         UnsupportedLayerError: naming the classes that can't be cached.
     """
 
-    def __init__(self, template: PromptCache) -> None:
-        self._handlers: list[LayerStateHandler] = []
+    def __init__(self, template: PromptCache, block_size: int) -> None:
+        self._template = template
+        self._block_size = block_size
+        self._rows: dict[str, RowHandler] = {}
+        self._windows: dict[str, RowHandler] = {}
+        self._checkpoints: dict[str, RecurrentHandler] = {}
+        self._leaves = leaves_of(template)
+        self.layout: list[str] = []
         unknown = set()
-        for layer in template:
-            handler = find_handler(layer)
+        for path, leaf in self._leaves.items():
+            handler = find_handler(leaf)
             if handler is None:
-                unknown.add(type(layer).__name__)
+                unknown.add(type(leaf).__name__)
+                continue
+            self.layout.append(f"{path}: {handler.describe(leaf)}")
+            if isinstance(handler, RecurrentHandler):
+                self._checkpoints[path] = handler
+            elif handler.is_windowed:
+                self._windows[path] = handler
             else:
-                self._handlers.append(handler)
-        if unknown or not self._handlers:
+                self._rows[path] = handler
+        if unknown or not self._leaves:
             raise UnsupportedLayerError(", ".join(sorted(unknown)) or "no layers")
 
     @property
-    def layout(self) -> list[str]:
-        """The kind of each layer; part of the namespace."""
-        return [handler.kind for handler in self._handlers]
+    def has_windows(self) -> bool:
+        """Whether some leaves drop rows as they grow, so that these must be recorded in time."""
+        return bool(self._windows)
 
-    def capture(self, prompt_cache: PromptCache, ranges: Sequence[tuple[int, int]]) -> list[BlockPayload]:
-        """Copy token ranges out of a running prompt cache, in one evaluation.
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether some leaves can only be restored where their state was captured."""
+        return bool(self._checkpoints)
+
+    @property
+    def smallest_window(self) -> int:
+        """Tokens after which a single-token step drops the first row not yet recorded."""
+        return min(int(self._leaves[path].max_size - self._leaves[path].keep) for path in self._windows)
+
+    def needs(self, num_blocks: int) -> Iterable[PartKey]:
+        """The parts, besides the rows of all blocks, that a restore of that many blocks needs."""
+        num_tokens = num_blocks * self._block_size
+        positions = {
+            position
+            for path, handler in self._windows.items()
+            for start, stop in handler.needed(self._leaves[path], num_tokens)
+            for position in range(start // self._block_size, -(-stop // self._block_size))
+        }
+        keys = [PartKey(position, WINDOW) for position in sorted(positions, reverse=True)]
+        return [PartKey(num_blocks - 1, CHECKPOINT), *keys] if self._checkpoints else keys
+
+    def capture_rows(self, prompt_cache: PromptCache, start: int, stop: int) -> BlockPayload:
+        """Copy the rows of tokens ``[start, stop)`` of the full-attention leaves; empty if there are none.
 
         Raises:
-            CacheInvariantError: a layer has not seen all these tokens.
+            CacheInvariantError: a leaf has not seen all these tokens.
         """
-        self._check_length(prompt_cache, at_least=max(stop for _, stop in ranges))
-        return to_payloads(
-            [
-                {
-                    f"{index}.{name}": array
-                    for index, (handler, layer) in enumerate(zip(self._handlers, prompt_cache, strict=True))
-                    for name, array in handler.capture(layer, start, stop).items()
-                }
-                for start, stop in ranges
-            ]
-        )
+        leaves = leaves_of(prompt_cache)
+        _check_length(self._rows, leaves, at_least=stop)
+        [payload] = to_payloads([self.lazy_rows(self._rows, leaves, start, stop) or {}])
+        return payload
 
-    def restore(
-        self, payloads: Sequence[BlockPayload], *, num_tokens: int, capacity: int
-    ) -> tuple[PromptCache, list[BlockPayload]]:
-        """Build a prompt cache from blocks, evaluated and sharing no memory with them.
+    def capture_checkpoint(self, prompt_cache: PromptCache) -> BlockPayload:
+        """Keep the state of the recurrent leaves, as it is now."""
+        leaves = leaves_of(prompt_cache)
+        arrays = {
+            f"{path}.{name}": array
+            for path, handler in self._checkpoints.items()
+            for name, array in handler.checkpoint(leaves[path]).items()
+        }
+        [payload] = to_payloads([arrays])
+        return payload
+
+    def restore(self, content: PrefixContent, *, num_tokens: int, capacity: int) -> tuple[PromptCache, PrefixContent]:
+        """Build a prompt cache, evaluated; what runs on it never changes the blocks.
 
         Args:
-            payloads: the blocks from the first token on, at least one.
-            num_tokens: tokens that they hold together.
+            content: the rows of all blocks and the parts that `needs` names.
+            num_tokens: tokens that the blocks hold together.
             capacity: tokens to have room for without reallocation.
 
         Returns:
-            The prompt cache, and the payloads with MLX arrays, to be kept in RAM.
+            The prompt cache, and the content with MLX arrays, to be kept in RAM.
 
         Raises:
-            CacheInvariantError: some layer would not hold `num_tokens` tokens.
+            CacheInvariantError: some leaf would not hold `num_tokens` tokens.
         """
-        payloads = with_arrays(payloads)
-        by_layer = [self._split_layers(payload) for payload in payloads]
-        prompt_cache = [
-            handler.restore([layers[index] for layers in by_layer], capacity)
-            for index, handler in enumerate(self._handlers)
-        ]
-        self._check_length(prompt_cache, exactly=num_tokens)
-        mx.eval([layer.state for layer in prompt_cache])
-        return prompt_cache, payloads
+        keys = list(content.parts)
+        payloads = with_arrays([*content.rows, *content.parts.values()])
+        rows = payloads[: len(content.rows)]
+        parts = dict(zip(keys, payloads[len(content.rows) :], strict=True))
+        blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
+        for key, payload in parts.items():
+            blocks[key.part][key.position] = payload
+        leaves: dict[str, Any] = {}
+        for handlers, source in ((self._rows, dict(enumerate(rows))), (self._windows, blocks[WINDOW])):
+            split = {position: _split(payload) for position, payload in source.items()}
+            for path, handler in handlers.items():
+                fetch = _Fetch(path, split, self._block_size)
+                leaves[path] = handler.restore(self._leaves[path], fetch, num_tokens, capacity)
+            _check_length(handlers, leaves, exactly=num_tokens)
+        if self._checkpoints:
+            states = _split(blocks[CHECKPOINT][num_tokens // self._block_size - 1])
+            for path, recurrent in self._checkpoints.items():
+                leaves[path] = recurrent.restore(self._leaves[path], states.get(path, {}))
+        prompt_cache = rebuild(self._template, leaves)
+        mx.eval([leaf.state for leaf in leaves.values()])
+        return prompt_cache, PrefixContent(rows, parts)
 
-    def _split_layers(self, payload: BlockPayload) -> Sequence[Mapping[str, mx.array]]:
-        layers: list[dict[str, mx.array]] = [{} for _ in self._handlers]
-        for name, tensor in payload.tensors.items():
-            index, _, member = name.partition(".")
-            layers[int(index)][member] = tensor.array
-        return layers
+    def window_rows(self, prompt_cache: PromptCache, start: int, stop: int) -> dict[str, mx.array] | None:
+        """Lazy copies of the windowed leaves' rows of tokens ``[start, stop)``; None if some are gone."""
+        return self.lazy_rows(self._windows, leaves_of(prompt_cache), start, stop)
 
-    def _check_length(self, prompt_cache: PromptCache, *, at_least: int = 0, exactly: int | None = None) -> None:
-        for index, (handler, layer) in enumerate(zip(self._handlers, prompt_cache, strict=True)):
-            held = handler.num_tokens(layer)
-            if held < at_least or (exactly is not None and held != exactly):
-                wanted = at_least if exactly is None else exactly
-                raise CacheInvariantError(f"layer {index} holds {held} tokens where its blocks say {wanted}")
+    @staticmethod
+    def lazy_rows(
+        handlers: Mapping[str, RowHandler], leaves: Mapping[str, Any], start: int, stop: int
+    ) -> dict[str, mx.array] | None:
+        """The rows of some leaves, named ``<path>.<member>``; None if some are gone."""
+        arrays = {}
+        for path, handler in handlers.items():
+            rows = handler.rows(leaves[path], start, stop)
+            if rows is None:
+                return None
+            arrays.update({f"{path}.{name}": array for name, array in rows.items()})
+        return arrays
+
+
+class _Fetch:
+    """Finds the rows of one leaf in the blocks that hold them."""
+
+    def __init__(self, path: str, blocks: Mapping[int, Mapping[str, Arrays]], block_size: int) -> None:
+        self._path = path
+        self._blocks = blocks
+        self._block_size = block_size
+
+    def __call__(self, start: int, stop: int) -> list[Arrays]:
+        size = self._block_size
+        pieces = []
+        for position in range(start // size, -(-stop // size)):
+            if position not in self._blocks:
+                raise CacheInvariantError(f"layer {self._path} lacks block {position} of tokens {start} to {stop}")
+            arrays = self._blocks[position][self._path]
+            low, high = max(start - position * size, 0), min(stop - position * size, size)
+            if (low, high) != (0, size):
+                arrays = {name: array[..., low:high, :] for name, array in arrays.items()}
+            pieces.append(arrays)
+        return pieces
+
+
+def _split(payload: BlockPayload) -> dict[str, Arrays]:
+    leaves: dict[str, dict[str, mx.array]] = {}
+    for name, tensor in payload.tensors.items():
+        path, _, member = name.rpartition(".")
+        leaves.setdefault(path, {})[member] = tensor.array
+    return dict(leaves)
+
+
+def _check_length(
+    handlers: Mapping[str, RowHandler], leaves: Mapping[str, Any], *, at_least: int = 0, exactly: int | None = None
+) -> None:
+    for path, handler in handlers.items():
+        held = handler.num_tokens(leaves[path])
+        if held < at_least or (exactly is not None and held != exactly):
+            wanted = at_least if exactly is None else exactly
+            raise CacheInvariantError(f"layer {path} holds {held} tokens where its blocks say {wanted}")
