@@ -185,14 +185,14 @@ def test_what_to_export_is_named_in_one_way(source, path, what: dict[str, Any]) 
 def test_a_block_evicted_while_exporting_is_a_typed_error_that_leaves_nothing(
     source, path, directory, monkeypatch
 ) -> None:
-    find = ssd_export._with_ancestors
+    find = ssd_export._with_ancestors_and_parts
 
     def find_then_evict(*arguments: Any) -> Any:
         found = find(*arguments)
         block_path(directory, NAMESPACE, chain_of(PROMPT)[1]).unlink()
         return found
 
-    monkeypatch.setattr(ssd_export, "_with_ancestors", find_then_evict)
+    monkeypatch.setattr(ssd_export, "_with_ancestors_and_parts", find_then_evict)
     with pytest.raises(MissingBlocksError, match="block 2 of 3"):
         source.export(path, token_ids=PROMPT)
     assert list(path.parent.glob("*prefix*")) == []
@@ -256,8 +256,8 @@ def test_a_file_of_another_kind_is_a_typed_error(source, directory, path) -> Non
 
 
 def test_a_block_that_does_not_follow_its_parent_is_refused(source, open_target, path, monkeypatch) -> None:
-    find = ssd_export._with_ancestors
-    monkeypatch.setattr(ssd_export, "_with_ancestors", lambda *arguments: find(*arguments)[::-1])
+    find = ssd_export._with_ancestors_and_parts
+    monkeypatch.setattr(ssd_export, "_with_ancestors_and_parts", lambda *arguments: find(*arguments)[::-1])
     source.export(path, token_ids=PROMPT)
     target = open_target()
     with pytest.raises(CorruptBlockError, match="doesn't follow"):

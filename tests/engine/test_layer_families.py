@@ -8,7 +8,6 @@ from tiny_models import tiny_gemma3, tiny_lfm2, tiny_mamba
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, Engine, EngineSettings
-from omlx_core.cache.parts import CHECKPOINT, WINDOW
 
 BLOCK_SIZE = 16
 MODELS = {
@@ -194,10 +193,6 @@ def test_state_at_the_end_of_the_system_message_is_kept_for_other_conversations(
     assert other.usage.cached_tokens >= shared - BLOCK_SIZE >= 128
 
 
-def test_parts_have_names_of_their_own():
-    assert WINDOW != CHECKPOINT
-
-
 @pytest.mark.parametrize("length", [66, 98, 130])
 def test_no_single_token_is_left_to_prefill(model, reopen, length):
     # Of 66 tokens, 65 are prefilled: four blocks and one token more.
@@ -206,3 +201,18 @@ def test_no_single_token_is_left_to_prefill(model, reopen, length):
     again = generate(reopen(), prompt)
     assert again.usage.cached_tokens == length - 2 - BLOCK_SIZE
     assert_same(again, cold_run(model, prompt))
+
+
+def test_exported_prefix_is_restored_from_in_another_folder(model, tmp_path: Path):
+    prompt = tokens(150)
+    here, there = (CacheSettings(block_size=BLOCK_SIZE, paged_ssd_cache_dir=tmp_path / name) for name in "ab")
+    with Engine(model, cache=here) as engine:
+        generate(engine, prompt)
+        engine.cache.ssd.export(tmp_path / "warm.safetensors", token_ids=prompt)
+    with Engine(model, cache=there) as engine:
+        report = engine.cache.ssd.import_(tmp_path / "warm.safetensors")
+        assert report.blocks_written == report.num_blocks >= 9
+        assert engine.cache.ssd.check().is_clean
+        result = generate(engine, prompt)
+    assert result.usage.cached_tokens_cold == 144
+    assert_same(result, cold_run(model, prompt))

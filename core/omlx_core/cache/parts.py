@@ -18,6 +18,8 @@ WINDOW = Part("window")
 CHECKPOINT = Part("checkpoint")
 """The state of recurrent layers at the end of the block: needed only by a restore that ends there."""
 
+PARTS = (WINDOW, CHECKPOINT)
+
 
 class PartKey(NamedTuple):
     """A part of the block at a position of a table."""

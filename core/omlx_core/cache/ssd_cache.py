@@ -255,12 +255,12 @@ class PagedSSDCacheManager:
 
         Args:
             path: the file; replaced if there is one.
-            block_hashes: what to export, with all blocks before them.
+            block_hashes: what to export, with all blocks before them and the windows and checkpoints of these.
             token_ids: instead of hashes, a prompt, of which the full blocks are exported.
             extra_keys: what the blocks were stored under besides tokens.
 
         Returns:
-            The number of blocks exported.
+            The number of blocks exported, windows and checkpoints counted.
 
         Raises:
             InvalidRequestError: not one of hashes and tokens is given, the prompt doesn't fill a block, or the extra

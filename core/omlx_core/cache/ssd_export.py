@@ -34,6 +34,7 @@ from omlx_core.cache.block_file import (
     sync_file,
 )
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.parts import PARTS, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import SaveOutcome
 from omlx_core.cache.ssd_index_view import read_snapshot
@@ -87,13 +88,14 @@ def find_chain(
     """
     with read_snapshot(directory) as view:
         for entry in view.entries(namespace):
-            # All have as many tokens; this one may just have been evicted.
+            # All have as many tokens, but for parts, which have none; this one may just have been evicted.
             with (
                 contextlib.suppress(FileNotFoundError),
                 open(block_path(directory, namespace, entry.block_hash), "rb", buffering=0) as file,
             ):
                 block_size = read_block_identity(file).num_tokens
-                return list(iter_block_hashes(namespace, token_ids, block_size, extra_keys))
+                if block_size:
+                    return list(iter_block_hashes(namespace, token_ids, block_size, extra_keys))
     raise MissingBlocksError(f"no block of this model is on disk: {_SAVE_REMEDY}")
 
 
@@ -112,7 +114,7 @@ def export_blocks(
         CorruptBlockError: one is damaged.
         OSError: the file can't be written; the one that was there stays.
     """
-    entries = _with_ancestors(directory, namespace, block_hashes)
+    entries = _with_ancestors_and_parts(directory, namespace, block_hashes)
     if not entries:
         raise InvalidRequestError("there is nothing to export: the prompt doesn't fill a block")
     tensors: dict[str, Any] = {}
@@ -181,8 +183,10 @@ def import_blocks(
         return ImportReport(len(parts), written, bytes_written, present, None)
 
 
-def _with_ancestors(directory: Path, namespace: NamespaceHash, block_hashes: Sequence[BlockHash]) -> list[IndexEntry]:
-    """The rows of blocks and of all before them, parents first."""
+def _with_ancestors_and_parts(
+    directory: Path, namespace: NamespaceHash, block_hashes: Sequence[BlockHash]
+) -> list[IndexEntry]:
+    """The rows of blocks, of all before them, and of the windows and checkpoints that these have, parents first."""
     found: dict[BlockHash, IndexEntry] = {}
     missing: set[BlockHash] = set()
     with read_snapshot(directory) as view:
@@ -195,11 +199,14 @@ def _with_ancestors(directory: Path, namespace: NamespaceHash, block_hashes: Seq
                     break
                 found[walked] = entry
                 walked = entry.parent_hash
+        part_hashes = [hash_part(block_hash, part) for block_hash in found for part in PARTS]
+        rows = [view.get(namespace, part_hash) for part_hash in part_hashes]
+        parts = [row for row in rows if row is not None]
     if missing:
         raise MissingBlocksError(
             f"{len(missing)} of {len(missing) + len(found)} blocks are not on disk: {_SAVE_REMEDY}"
         )
-    return sorted(found.values(), key=lambda entry: entry.depth)
+    return sorted([*found.values(), *parts], key=lambda entry: entry.depth)
 
 
 def _read_whole(directory: Path, entry: IndexEntry, extra_keys: Sequence[str]) -> bytes:
@@ -260,6 +267,9 @@ def _read_blocks(
 
 def _verify_hash(identity: BlockIdentity, extra_keys: Sequence[str]) -> None:
     tokens = np.frombuffer(identity.token_ids, dtype="<u4")
+    parent = identity.parent_hash
+    if parent is not None and not len(tokens) and identity.block_hash in [hash_part(parent, part) for part in PARTS]:
+        return
     if hash_block(identity.parent_hash or identity.namespace, tokens, extra_keys) != identity.block_hash:
         raise InvalidRequestError(
             f"block {identity.block_hash.hex()} isn't named after its tokens and extra_keys={tuple(extra_keys)!r}: "
