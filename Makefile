@@ -10,15 +10,19 @@ endif
 comma := ,
 EXTRAS := all$(if $(BACKEND),$(comma)$(BACKEND))
 STAMP := $(VENV)/.setup-$(BACKEND)
+# Compares bits, and so belongs in the processes of the unit tests, which don't load OpenBLAS.
+ON_REFERENCE_BLAS := integration_tests/test_architectures.py
 # Processes that run the tests.
 WORKERS ?= 2
 
-.PHONY: help setup sample-model check test demo bench clean
+.PHONY: help setup sample-model check test crashtest soak demo bench clean
 
 help:
 	@echo "make demo          show the cache at work, on a small real model"
 	@echo "make test          run all tests"
 	@echo "make check         ruff, formatting, mypy"
+	@echo "make crashtest     kill writing processes at every step of I/O (minutes; a part of it is in make test)"
+	@echo "make soak          a minute of two processes at full load in one cache folder, with kills"
 	@echo "make bench         run the benchmarks"
 	@echo "make setup         create $(VENV) with everything that these need"
 	@echo "make sample-model  fetch and convert the small real model"
@@ -44,8 +48,14 @@ check: setup
 	$(BIN)/mypy
 
 test: setup sample-model
-	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist worksteal
-	$(BIN)/python -m pytest integration_tests --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest tests $(ON_REFERENCE_BLAS) --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest integration_tests $(ON_REFERENCE_BLAS:%=--ignore=%) --numprocesses $(WORKERS) --dist worksteal
+
+crashtest: setup
+	CRASH_TEST=full $(BIN)/python -m pytest integration_tests/crash --deselect integration_tests/crash/test_soak.py --capture no --timeout 3600
+
+soak: setup
+	SOAK_SECONDS=60 $(BIN)/python -m pytest integration_tests/crash/test_soak.py --capture no
 
 demo: setup sample-model
 	$(BIN)/omlx-plugins demo

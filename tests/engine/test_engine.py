@@ -218,7 +218,7 @@ def test_failing_request_leaves_its_neighbours_alone(engine, monkeypatch):
     next(good)
     match = engine.cache.match
 
-    def fail_once(*args):
+    def fail_once(*args, **options):
         monkeypatch.setattr(engine.cache, "match", match)
         raise RuntimeError("boom")
 

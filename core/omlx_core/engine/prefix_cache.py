@@ -49,7 +49,8 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
         logger.warning("%s runs without a prefix cache: %s", loaded.name, _CUT_DEPENDENT[model_type])
     elif not settings.no_cache:
         try:
-            codec = PromptStateCodec(template, settings.block_size)
+            is_latent = getattr(getattr(loaded.model, "args", None), "kv_lora_rank", None) is not None
+            codec = PromptStateCodec(template, settings.block_size, is_latent=is_latent)
         except UnsupportedLayerError as exc:
             logger.warning("%s runs without a prefix cache: no way to cut %s into blocks", loaded.name, exc)
     description = describe_namespace(

@@ -196,7 +196,7 @@ class Scheduler:
         # The last token is left to the batch, whose first step gives the first logits.
         end = len(request.prompt_ids) - 1
         stop = min(request.num_computed + self._settings.prefill_step_size, end)
-        if end - stop == 1:
+        if end - stop == 1 and self._codec is not None and self._codec.rounds_single_tokens_otherwise:
             stop = end  # see `_last_boundary`
         # A recurrent state can only be had where the computation stops.
         stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
@@ -210,7 +210,7 @@ class Scheduler:
     def _restore(self, request: Request, cache: TieredCache, codec: PromptStateCodec) -> bool:
         """Match the prompt, and fill the prompt cache from the matched blocks; False while they are being read."""
         if request.pending is None:
-            max_tokens = _last_boundary(len(request.prompt_ids), cache.block_size)
+            max_tokens = _last_boundary(len(request.prompt_ids), cache.block_size, codec)
             request.pending = cache.match(
                 request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
             )
@@ -245,10 +245,11 @@ class Scheduler:
         if codec.has_windows:
             request.recorder = WindowRecorder(codec, cache.block_size, num_tokens)
         if codec.has_checkpoints:
-            request.checkpoints_at = self._plan_checkpoints(request, pending.num_matched_blocks * cache.block_size)
+            num_matched = pending.num_matched_blocks * cache.block_size
+            request.checkpoints_at = self._plan_checkpoints(request, codec, num_matched)
         return True
 
-    def _plan_checkpoints(self, request: Request, num_matched: int) -> set[int]:
+    def _plan_checkpoints(self, request: Request, codec: PromptStateCodec, num_matched: int) -> set[int]:
         """Where the recurrent state is worth keeping.
 
         At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
@@ -256,7 +257,7 @@ class Scheduler:
         and at a wide stride.
         """
         size = self._block_size
-        last = _last_boundary(len(request.prompt_ids), size)
+        last = _last_boundary(len(request.prompt_ids), size, codec)
         stride = self._settings.checkpoint_stride_tokens
         wanted = {last, request.system_tokens // size * size, num_matched, *range(stride, last, stride)}
         return {at for at in wanted if request.num_computed < at <= last}
@@ -405,15 +406,14 @@ class Scheduler:
             request.emit(error)
 
 
-def _last_boundary(num_prompt_tokens: int, block_size: int) -> int:
-    """The last block boundary of a prompt that leaves tokens to compute: one for the batch, and none or several more.
-
-    Not one: a prefill step of a single token takes a path of its own through sliding windows and latent attention,
-    which rounds otherwise, and the answer would not be the cold run's to the last bit.
-    """
+def _last_boundary(num_prompt_tokens: int, block_size: int, codec: PromptStateCodec) -> int:
+    """The last block boundary of a prompt that leaves a token to the batch, and not one more to prefill if that would
+    round otherwise than it did in the cold run: the answer would not be the same to the last bit."""
     end = num_prompt_tokens - 1
     boundary = end // block_size * block_size
-    return max(boundary - block_size, 0) if end - boundary == 1 else boundary
+    if end - boundary == 1 and codec.rounds_single_tokens_otherwise:
+        return max(boundary - block_size, 0)
+    return boundary
 
 
 def _as_engine_error(exc: Exception) -> OMLXError:

@@ -27,14 +27,16 @@ class PromptStateCodec:
     Args:
         template: a prompt cache of the model, fresh or used; only its classes and settings matter.
         block_size: tokens per block.
+        is_latent: the model has latent attention, whose cache class doesn't tell.
 
     Raises:
         UnsupportedLayerError: naming the classes that can't be cached.
     """
 
-    def __init__(self, template: PromptCache, block_size: int) -> None:
+    def __init__(self, template: PromptCache, block_size: int, *, is_latent: bool = False) -> None:
         self._template = template
         self._block_size = block_size
+        self._is_latent = is_latent
         self._rows: dict[str, RowHandler] = {}
         self._windows: dict[str, RowHandler] = {}
         self._checkpoints: dict[str, RecurrentHandler] = {}
@@ -65,6 +67,12 @@ class PromptStateCodec:
     def has_checkpoints(self) -> bool:
         """Whether some leaves can only be restored where their state was captured."""
         return bool(self._checkpoints)
+
+    @property
+    def rounds_single_tokens_otherwise(self) -> bool:
+        """Whether a step of one token rounds otherwise than one of several: windows and latent attention have a
+        path of their own for it, and scans another length."""
+        return self._is_latent or self.has_windows or self.has_checkpoints
 
     @property
     def smallest_window(self) -> int:
