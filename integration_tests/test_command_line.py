@@ -24,6 +24,8 @@ def test_generate_prints_the_answer_and_reuses_it_in_the_next_process(run_python
     assert first.stdout == second.stdout != ""
     assert " 0 reused from RAM, 0 from SSD" in first.stderr
     assert re.search(r" 0 reused from RAM, [1-9]\d* from SSD", second.stderr), second.stderr
+    assert re.search(r"SSD: ([1-9]\d*) blocks, (\S+ MiB); written: \2 now, \2 in 24 hours", first.stderr), first.stderr
+    assert re.search(r"SSD: .* written: 0 B now", second.stderr), second.stderr
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

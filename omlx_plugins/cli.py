@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Any
 from omlx_core.engine.params import GenerationOptions, GenerationParams
 from omlx_core.errors import InvalidPromptError, MissingDependencyError, OMLXError
 from omlx_core.settings import CacheSettings
+from omlx_core.sizes import format_size
 
 if TYPE_CHECKING:
     from omlx_core import GenerationResult
+    from omlx_core.cache.ssd_cache import SSDCacheStats
 
 PROGRAM = "omlx-plugins"
+
+_FLUSH_TIMEOUT_S = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +163,9 @@ def _generate(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         if result is not None:
             print(_summary(result, elapsed_s), file=sys.stderr)
+        if engine.cache.ssd is not None:
+            engine.cache.flush(_FLUSH_TIMEOUT_S)
+            print(_ssd_summary(engine.cache.ssd.stats()), file=sys.stderr)
     return 0
 
 
@@ -180,6 +187,13 @@ def _summary(result: GenerationResult, elapsed_s: float) -> str:
         f"prompt: {usage.prompt_tokens} tokens, {usage.cached_tokens_hot} reused from RAM, "
         f"{usage.cached_tokens_cold} from SSD; first token after {result.ttft_s:.3f} s\n"
         f"answer: {usage.completion_tokens} tokens{speed}; ended by {result.finish_reason}"
+    )
+
+
+def _ssd_summary(stats: SSDCacheStats) -> str:
+    return (
+        f"SSD: {stats.num_blocks} blocks, {format_size(stats.size_bytes)}; written: "
+        f"{format_size(stats.bytes_written)} now, {format_size(stats.bytes_written_last_day)} in 24 hours"
     )
 
 

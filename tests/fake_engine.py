@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class FakeEngine:
     """
 
     def __init__(self, pieces: Sequence[str] = ("Hel", "", "lo")) -> None:
+        self.cache = types.SimpleNamespace(ssd=None)
         self.pieces = list(pieces)
         self.name = "fake-model"
         self.tokenizer: FakeTokenizer | None = FakeTokenizer()
