@@ -44,7 +44,6 @@ class Engine:
 
     Raises:
         CacheDirectoryError: the SSD tier's folder can't be used.
-        ModelLoadError: mlx-lm can't batch this model.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Engine:
 
         Raises:
             ModelNotFoundError: there is no such model or adapter.
-            ModelLoadError: its files can't be loaded, or mlx-lm can't batch it.
+            ModelLoadError: its files can't be loaded.
             CacheDirectoryError: the SSD tier's folder can't be used.
         """
         adapter = None if adapter_path is None else os.fspath(adapter_path)

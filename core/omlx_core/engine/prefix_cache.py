@@ -13,7 +13,6 @@ from omlx_core.cache.events import EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.tiered_cache import TieredCache
-from omlx_core.errors import ModelLoadError
 from omlx_core.model.fingerprint import describe_namespace
 from omlx_core.model.loading import LoadedModel
 from omlx_core.settings import CacheSettings
@@ -37,12 +36,8 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
 
     Raises:
         CacheDirectoryError: the SSD tier's folder can't be used.
-        ModelLoadError: mlx-lm can't batch the model's caches.
     """
     template = make_prompt_cache(loaded.model)
-    unbatchable = sorted({type(layer).__name__ for layer in template if not hasattr(layer, "merge")})
-    if unbatchable:
-        raise ModelLoadError(f"{loaded.name}: mlx-lm can't batch caches of class {', '.join(unbatchable)}")
     codec = None
     model_type = type(loaded.model).__module__.rpartition(".")[2]
     if model_type in _CUT_DEPENDENT:

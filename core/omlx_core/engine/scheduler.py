@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from omlx_core.mlx_backend import mx
 
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from omlx_core.cache.parts import CHECKPOINT, PartKey
@@ -26,6 +26,7 @@ from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import make_sampler
+from omlx_core.engine.sequential_batch import SequentialBatch
 from omlx_core.errors import EngineClosedError, EngineError, OMLXError, RequestCancelledError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
@@ -55,6 +56,7 @@ class Scheduler:
         self._model: Any = None
         self._end_token_ids: list[int] = []
         self._generator: BatchGenerator | None = None
+        self._sequential_batch: SequentialBatch | None = None
         self._cache: TieredCache | None = None
         self._codec: PromptStateCodec | None = None
         self._thread = threading.Thread(target=self._run, name=f"omlx-mlx-{name}", daemon=True)
@@ -228,7 +230,7 @@ class Scheduler:
         request.prompt_cache = make_prompt_cache(self._model)
         if num_tokens:
             try:
-                with mx.stream(self._batch().stream):
+                with mx.stream(generation_stream):
                     request.prompt_cache, content = codec.restore(
                         content, num_tokens=num_tokens, capacity=len(request.prompt_ids)
                     )
@@ -263,7 +265,7 @@ class Scheduler:
         return {at for at in wanted if request.num_computed < at <= last}
 
     def _compute(self, request: Request, token_ids: list[int]) -> None:
-        with mx.stream(self._batch().stream):
+        with mx.stream(generation_stream):
             self._model(mx.array(token_ids)[None], cache=request.prompt_cache)
             mx.eval([layer.state for layer in request.prompt_cache or ()])
             request.num_computed += len(token_ids)
@@ -276,10 +278,11 @@ class Scheduler:
         mx.clear_cache()
 
     def _join_batch(self, request: Request) -> None:
-        [uid] = self._batch().insert_segments(
+        batch = self._sequential() if _needs_sequential_decoding(request) else self._batch()
+        [uid] = batch.insert_segments(
             [[request.prompt_ids[-1:]]],
             max_tokens=[request.params.max_tokens],
-            caches=[request.prompt_cache],
+            caches=[request.prompt_cache or []],
             all_tokens=[request.prompt_ids[:-1]],
             samplers=[make_sampler(request.params)],
         )
@@ -291,7 +294,12 @@ class Scheduler:
     def _decode(self) -> None:
         if not self._decoding:
             return
-        _, responses = self._batch().next()
+        # Each is asked for its share of the requests only: an empty step costs time too.
+        has_batched, has_sequential = any(uid >= 0 for uid in self._decoding), any(uid < 0 for uid in self._decoding)
+        responses = [
+            *(self._batch().next()[1] if has_batched else ()),
+            *(self._sequential().next()[1] if has_sequential else ()),
+        ]
         for response in responses:
             request = self._decoding.get(response.uid)
             if request is None:
@@ -323,22 +331,22 @@ class Scheduler:
             is_due = is_due or num_tokens - request.recorder.num_tokens >= self._codec.smallest_window
         if not is_due:
             return
-        prompt_cache, _ = self._batch().extract_cache([uid])[uid]
-        with mx.stream(self._batch().stream):
+        prompt_cache, _ = self._batch_of(uid).extract_cache([uid])[uid]
+        with mx.stream(generation_stream):
             if request.recorder is not None:
                 request.recorder.record(prompt_cache, num_tokens)
             if is_boundary and self._codec.has_checkpoints:
                 request.last_checkpoint = num_tokens, self._codec.capture_checkpoint(prompt_cache)
 
     def _remove_from_batch(self, uid: int) -> None:
-        prompt_cache, _ = self._batch().remove([uid], return_prompt_caches=True)[uid]
+        prompt_cache, _ = self._batch_of(uid).remove([uid], return_prompt_caches=True)[uid]
         self._finish(uid, prompt_cache)
 
     def _finish(self, uid: int, prompt_cache: PromptCache) -> None:
         """Store what the answer has filled, and let go of the blocks."""
         request = self._decoding.pop(uid)
         try:
-            with mx.stream(self._batch().stream):
+            with mx.stream(generation_stream):
                 self._store(request, prompt_cache)
                 if request.last_checkpoint is not None:
                     self._store_checkpoint(request, *request.last_checkpoint)
@@ -395,15 +403,30 @@ class Scheduler:
             )
         return self._generator
 
+    def _sequential(self) -> SequentialBatch:
+        if self._sequential_batch is None:
+            self._sequential_batch = SequentialBatch(self._model, self._end_token_ids)
+        return self._sequential_batch
+
+    def _batch_of(self, uid: int) -> BatchGenerator | SequentialBatch:
+        return self._batch() if uid >= 0 else self._sequential()
+
     def _fail_all(self, error: OMLXError) -> None:
         requests = [*self._decoding.values(), *([self._prefilling] if self._prefilling else []), *self._waiting]
         self._decoding.clear()
         self._waiting.clear()
         self._prefilling = None
-        self._generator = None
+        self._generator = self._sequential_batch = None
         for request in requests:
             self._leave(request)
             request.emit(error)
+
+
+def _needs_sequential_decoding(request: Request) -> bool:
+    """Whether mlx-lm's batch can't take a request: a cache without a batch form, or one that was never filled."""
+    layers = request.prompt_cache or ()
+    was_prefilled = len(request.prompt_ids) > 1
+    return any(not hasattr(layer, "merge") or (was_prefilled and layer.empty()) for layer in layers)
 
 
 def _last_boundary(num_prompt_tokens: int, block_size: int, codec: PromptStateCodec) -> int:

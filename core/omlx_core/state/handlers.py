@@ -28,15 +28,16 @@ FetchRows = Callable[[int, int], list[Arrays]]
 class RowHandler(Protocol):
     """A family that keeps rows per token."""
 
-    is_windowed: bool
-    """Whether a restore needs the last window's rows only, and rows leave the cache as it grows."""
-
     def describe(self, leaf: Any) -> str:
         """What tells this leaf from others that would keep other rows; part of the namespace."""
         ...
 
     def num_tokens(self, leaf: Any) -> int:
         """Tokens that a leaf has seen."""
+        ...
+
+    def window(self, leaf: Any) -> int | None:
+        """Tokens after which a row may be dropped; None if none ever is, and a restore needs them all."""
         ...
 
     def rows(self, leaf: Any, start: int, stop: int) -> dict[str, mx.array] | None:
@@ -62,8 +63,6 @@ class RowHandler(Protocol):
 class TokenSlicedHandler:
     """Full attention: keys and values of shape ``[1, kv_heads, tokens, head_dim]``; `mlx_lm.models.cache.KVCache`."""
 
-    is_windowed = False
-
     def describe(self, leaf: Any) -> str:
         """Nothing but the family."""
         del leaf
@@ -72,6 +71,11 @@ class TokenSlicedHandler:
     def num_tokens(self, leaf: Any) -> int:
         """The offset."""
         return int(leaf.offset)
+
+    def window(self, leaf: Any) -> int | None:
+        """No row is ever dropped."""
+        del leaf
+        return None
 
     def rows(self, leaf: Any, start: int, stop: int) -> dict[str, mx.array] | None:
         """Copies of the rows ``[start, stop)``."""
@@ -105,8 +109,6 @@ class WindowedHandler:
     prefill up to there would have left.
     """
 
-    is_windowed = True
-
     def describe(self, leaf: Any) -> str:
         """The family, the window and what is kept."""
         return f"windowed(max_size={leaf.max_size}, keep={leaf.keep})"
@@ -114,6 +116,10 @@ class WindowedHandler:
     def num_tokens(self, leaf: Any) -> int:
         """The offset."""
         return int(leaf.offset)
+
+    def window(self, leaf: Any) -> int | None:
+        """Tokens after which a row may be dropped."""
+        return int(leaf.max_size - leaf.keep)
 
     def rows(self, leaf: Any, start: int, stop: int) -> dict[str, mx.array] | None:
         """Copies of the rows ``[start, stop)``, if the window still has them."""
@@ -144,6 +150,46 @@ class WindowedHandler:
         return restored
 
 
+class ChunkedHandler:
+    """Chunked attention (llama4): `mlx_lm.models.cache.ChunkedKVCache`, which drops rows once a chunk has passed."""
+
+    def describe(self, leaf: Any) -> str:
+        """The family and the chunk."""
+        return f"chunked(chunk_size={leaf.chunk_size})"
+
+    def num_tokens(self, leaf: Any) -> int:
+        """The offset."""
+        return int(leaf.offset)
+
+    def window(self, leaf: Any) -> int | None:
+        """Tokens after which a row may be dropped."""
+        return int(leaf.chunk_size)
+
+    def rows(self, leaf: Any, start: int, stop: int) -> dict[str, mx.array] | None:
+        """Copies of the rows ``[start, stop)``, if they are still there."""
+        first = leaf.start_position
+        if start < first:
+            return None
+        window = slice(start - first, stop - first)
+        return {name: mx.contiguous(getattr(leaf, name)[..., window, :]) for name in ("keys", "values")}
+
+    def needed(self, leaf: Any, num_tokens: int) -> list[tuple[int, int]]:
+        """The last chunk's worth."""
+        return [(max(0, num_tokens - leaf.chunk_size), num_tokens)]
+
+    def restore(self, leaf: Any, fetch: FetchRows, num_tokens: int, capacity: int) -> Any:
+        """A `ChunkedKVCache` as it is after it has dropped what it could."""
+        del capacity  # the chunk bounds it
+        restored = type(leaf)(leaf.chunk_size)
+        [(start, _)] = self.needed(leaf, num_tokens)
+        pieces = fetch(start, num_tokens)
+        restored.keys, restored.values = (
+            mx.concatenate([piece[name] for piece in pieces], axis=2) for name in ("keys", "values")
+        )
+        restored.offset, restored.start_position = num_tokens, start
+        return restored
+
+
 class RecurrentHandler:
     """State space, linear attention, short convolutions: `mlx_lm.models.cache.ArraysCache`.
 
@@ -171,6 +217,7 @@ Handler = RowHandler | RecurrentHandler
 _HANDLERS: dict[type, Handler] = {
     mlx_lm_cache.KVCache: TokenSlicedHandler(),
     mlx_lm_cache.RotatingKVCache: WindowedHandler(),
+    mlx_lm_cache.ChunkedKVCache: ChunkedHandler(),
     mlx_lm_cache.ArraysCache: RecurrentHandler(),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,10 +52,10 @@ class PromptStateCodec:
             self.layout.append(f"{path}: {handler.describe(leaf)}")
             if isinstance(handler, RecurrentHandler):
                 self._checkpoints[path] = handler
-            elif handler.is_windowed:
-                self._windows[path] = handler
-            else:
+            elif handler.window(leaf) is None:
                 self._rows[path] = handler
+            else:
+                self._windows[path] = handler
         if unknown or not self._leaves:
             raise UnsupportedLayerError(", ".join(sorted(unknown)) or "no layers")
 
@@ -77,7 +78,7 @@ class PromptStateCodec:
     @property
     def smallest_window(self) -> int:
         """Tokens after which a single-token step drops the first row not yet recorded."""
-        return min(int(self._leaves[path].max_size - self._leaves[path].keep) for path in self._windows)
+        return min(handler.window(self._leaves[path]) or 1 for path, handler in self._windows.items())
 
     def needs(self, num_blocks: int) -> Iterable[PartKey]:
         """The parts, besides the rows of all blocks, that a restore of that many blocks needs."""
@@ -138,6 +139,10 @@ class PromptStateCodec:
         for handlers, source in ((self._rows, dict(enumerate(rows))), (self._windows, blocks[WINDOW])):
             split = {position: _split(payload) for position, payload in source.items()}
             for path, handler in handlers.items():
+                if not any(path in block for block in split.values()):
+                    # A layer that never fills its cache (nemotron-nas has such) left nothing, and gets nothing.
+                    leaves[path] = copy.copy(self._leaves[path])
+                    continue
                 fetch = _Fetch(path, split, self._block_size)
                 leaves[path] = handler.restore(self._leaves[path], fetch, num_tokens, capacity)
             _check_length(handlers, leaves, exactly=num_tokens)
@@ -160,7 +165,7 @@ class PromptStateCodec:
         """The rows of some leaves, named ``<path>.<member>``; None if some are gone."""
         arrays = {}
         for path, handler in handlers.items():
-            rows = handler.rows(leaves[path], start, stop)
+            rows = {} if leaves[path].empty() else handler.rows(leaves[path], start, stop)
             if rows is None:
                 return None
             arrays.update({f"{path}.{name}": array for name, array in rows.items()})
@@ -201,6 +206,8 @@ def _check_length(
     handlers: Mapping[str, RowHandler], leaves: Mapping[str, Any], *, at_least: int = 0, exactly: int | None = None
 ) -> None:
     for path, handler in handlers.items():
+        if leaves[path].empty():
+            continue
         held = handler.num_tokens(leaves[path])
         if held < at_least or (exactly is not None and held != exactly):
             wanted = at_least if exactly is None else exactly
