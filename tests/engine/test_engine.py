@@ -235,7 +235,7 @@ def test_prefix_that_cannot_be_restored_is_computed(engine, monkeypatch, caplog)
     def refuse(*_, **__):
         raise ValueError("unreadable")
 
-    monkeypatch.setattr(engine._scheduler._codec, "restore", refuse)
+    monkeypatch.setattr(engine._scheduler._reuse._codec, "restore", refuse)
     result = engine.generate(tokens(100), max_tokens=10, logprobs=True)
     assert (result.token_ids, result.logprobs) == (expected.token_ids, expected.logprobs)
     assert result.usage.cached_tokens == 0

@@ -18,6 +18,7 @@ from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.prefix_cache import open_prefix_cache
+from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.request import Emit, Request
 from omlx_core.engine.results import GenerationChunk, GenerationResult
 from omlx_core.engine.scheduler import Scheduler
@@ -98,13 +99,21 @@ class Engine:
         cache = CacheSettings() if cache is None else cache
         if not isinstance(cache, CacheSettings):
             raise InvalidSettingError(f"cache={cache!r}: give a CacheSettings")
-        scheduler = Scheduler(name, EngineSettings() if settings is None else settings)
+        settings = EngineSettings() if settings is None else settings
+        scheduler = Scheduler(name, settings)
 
         def load_and_serve() -> tuple[LoadedModel, TieredCache, bool]:
             loaded = load()
             tiers, codec = open_prefix_cache(loaded, cache)
             end_token_ids = sorted(loaded.tokenizer.eos_token_ids) if loaded.tokenizer else []
-            scheduler.serve(loaded.model, end_token_ids, tiers, codec)
+            reuse = PrefixReuse(
+                loaded.model,
+                tiers,
+                codec,
+                checkpoint_stride_tokens=settings.checkpoint_stride_tokens,
+                wake=scheduler.wake,
+            )
+            scheduler.serve(loaded.model, end_token_ids, reuse)
             return loaded, tiers, codec is not None and codec.has_checkpoints
 
         try:

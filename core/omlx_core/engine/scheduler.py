@@ -14,23 +14,20 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from omlx_core.mlx_backend import mx
 
 from mlx_lm.generate import BatchGenerator, generation_stream
-from mlx_lm.models.cache import make_prompt_cache
 
-from omlx_core.cache.parts import CHECKPOINT, PartKey
-from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
+from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import make_sampler
 from omlx_core.engine.sequential_batch import SequentialBatch
-from omlx_core.errors import EngineClosedError, EngineError, OMLXError, RequestCancelledError
+from omlx_core.errors import CacheInvariantError, EngineClosedError, EngineError, OMLXError, RequestCancelledError
 from omlx_core.settings import EngineSettings
-from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
-from omlx_core.state.recorder import WindowRecorder
+from omlx_core.state.prompt_state import PromptCache
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +54,7 @@ class Scheduler:
         self._end_token_ids: list[int] = []
         self._generator: BatchGenerator | None = None
         self._sequential_batch: SequentialBatch | None = None
-        self._cache: TieredCache | None = None
-        self._codec: PromptStateCodec | None = None
+        self._reuse: PrefixReuse | None = None
         self._thread = threading.Thread(target=self._run, name=f"omlx-mlx-{name}", daemon=True)
         self._thread.start()
 
@@ -103,17 +99,21 @@ class Scheduler:
 
     # On the MLX thread.
 
-    def serve(self, model: Any, end_token_ids: list[int], cache: TieredCache, codec: PromptStateCodec | None) -> None:
+    def serve(self, model: Any, end_token_ids: list[int], reuse: PrefixReuse) -> None:
         """Say what to serve; requests are taken from then on.
 
         Args:
             model: the mlx-lm model.
             end_token_ids: tokens that end an answer.
-            cache: where prefixes are kept.
-            codec: how to cut the model's state into blocks; None runs it uncached.
+            reuse: its use of the prefix cache.
         """
-        self._model, self._end_token_ids, self._cache, self._codec = model, end_token_ids, cache, codec
-        cache.on_progress(self.wake)
+        self._model, self._end_token_ids, self._reuse = model, end_token_ids, reuse
+
+    @property
+    def _prefixes(self) -> PrefixReuse:
+        if self._reuse is None:
+            raise CacheInvariantError("a request came before the model")
+        return self._reuse
 
     def _run(self) -> None:
         try:
@@ -130,8 +130,8 @@ class Scheduler:
                 break
             try:
                 self._drop_cancelled()
-                if self._cache is not None:
-                    self._cache.retry_unsaved()
+                if self._reuse is not None:
+                    self._reuse.tend()
                 self._advance_prefill()
                 self._decode()
             except Exception as exc:  # the thread must outlive whatever one step does
@@ -166,7 +166,7 @@ class Scheduler:
             request.emit(RequestCancelledError("the request was cancelled while it waited in line"))
         if self._prefilling is not None and self._prefilling.is_cancelled:
             request, self._prefilling = self._prefilling, None
-            self._leave(request)
+            self._prefixes.leave(request)
             request.emit(RequestCancelledError("the request was cancelled during its prefill"))
         for uid, request in list(self._decoding.items()):
             if request.is_cancelled:
@@ -185,21 +185,18 @@ class Scheduler:
             self._prefill_step(request)
         except Exception as exc:  # one bad request must not end the others
             self._prefilling = None
-            self._leave(request)
+            self._prefixes.leave(request)
             request.emit(_as_engine_error(exc))
 
     def _prefill_step(self, request: Request) -> None:
         """Take a request one step further: match, restore, prefill one step, or join the batch."""
-        if request.prompt_cache is None:
-            if self._codec is None or self._cache is None:
-                request.prompt_cache = make_prompt_cache(self._model)
-            elif not self._restore(request, self._cache, self._codec):
-                return
+        if request.prompt_cache is None and not self._prefixes.begin(request):
+            return
         # The last token is left to the batch, whose first step gives the first logits.
         end = len(request.prompt_ids) - 1
         stop = min(request.num_computed + self._settings.prefill_step_size, end)
-        if end - stop == 1 and self._codec is not None and self._codec.rounds_single_tokens_otherwise:
-            stop = end  # see `_last_boundary`
+        if end - stop == 1:
+            stop = end  # a single token takes another path through some layers, and rounds otherwise
         # A recurrent state can only be had where the computation stops.
         stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
         step = request.prompt_ids[request.num_computed : stop]
@@ -209,72 +206,12 @@ class Scheduler:
             self._prefilling = None
             self._join_batch(request)
 
-    def _restore(self, request: Request, cache: TieredCache, codec: PromptStateCodec) -> bool:
-        """Match the prompt, and fill the prompt cache from the matched blocks; False while they are being read."""
-        if request.pending is None:
-            max_tokens = _last_boundary(len(request.prompt_ids), cache.block_size, codec)
-            request.pending = cache.match(
-                request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
-            )
-            request.table = request.pending.table
-            request.pending.notify(self.wake)
-        pending = request.pending
-        if not pending.is_ready():
-            return False
-        request.pending = None
-        content = cache.finish_restore(pending, len(request.prompt_ids))
-        if content is None:
-            cache.release(pending.table)
-            return self._restore(request, cache, codec)
-        num_tokens = pending.table.num_tokens
-        request.prompt_cache = make_prompt_cache(self._model)
-        if num_tokens:
-            try:
-                with mx.stream(generation_stream):
-                    request.prompt_cache, content = codec.restore(
-                        content, num_tokens=num_tokens, capacity=len(request.prompt_ids)
-                    )
-            except Exception:
-                # Whatever is wrong with the blocks, the prompt can be computed; the answer must not suffer.
-                logger.exception("a prefix of %d tokens could not be restored and is computed again", num_tokens)
-                cache.discard(pending.table)
-                num_tokens = 0
-            else:
-                cache.promote(pending.table, content)
-                request.cached_tokens_hot = pending.num_hot_blocks * cache.block_size
-                request.cached_tokens_cold = num_tokens - request.cached_tokens_hot
-        request.num_computed = num_tokens
-        if codec.has_windows:
-            request.recorder = WindowRecorder(codec, cache.block_size, num_tokens)
-        if codec.has_checkpoints:
-            num_matched = pending.num_matched_blocks * cache.block_size
-            request.checkpoints_at = self._plan_checkpoints(request, codec, num_matched)
-        return True
-
-    def _plan_checkpoints(self, request: Request, codec: PromptStateCodec, num_matched: int) -> set[int]:
-        """Where the recurrent state is worth keeping.
-
-        At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
-        conversations; where this prompt was seen to leave an earlier one, for the third that shares their beginning;
-        and at a wide stride.
-        """
-        size = self._block_size
-        last = _last_boundary(len(request.prompt_ids), size, codec)
-        stride = self._settings.checkpoint_stride_tokens
-        wanted = {last, request.system_tokens // size * size, num_matched, *range(stride, last, stride)}
-        return {at for at in wanted if request.num_computed < at <= last}
-
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         with mx.stream(generation_stream):
             self._model(mx.array(token_ids)[None], cache=request.prompt_cache)
             mx.eval([layer.state for layer in request.prompt_cache or ()])
-            request.num_computed += len(token_ids)
-            self._account(request, token_ids)
-            self._store(request, request.prompt_cache)
-            if self._codec is not None and request.prompt_cache and request.num_computed in request.checkpoints_at:
-                self._store_checkpoint(
-                    request, request.num_computed, self._codec.capture_checkpoint(request.prompt_cache)
-                )
+        request.num_computed += len(token_ids)
+        self._prefixes.computed(request, token_ids)
         mx.clear_cache()
 
     def _join_batch(self, request: Request) -> None:
@@ -305,91 +242,29 @@ class Scheduler:
             if request is None:
                 continue
             # By now the batch's cache holds this token, and with the first one the prompt's last.
-            self._account(
-                request, [response.token] if request.output.token_ids else [request.prompt_ids[-1], response.token]
-            )
+            added = [response.token] if request.output.token_ids else [request.prompt_ids[-1], response.token]
+            self._prefixes.generated(request, added, partial(self._extract, response.uid, response.prompt_cache))
             is_end_token = response.finish_reason == "stop"
             logprob = response.logprobs[response.token].item() if request.params.logprobs else None
             request.emit_token(response.token, logprob, is_end_token=is_end_token)
             if response.finish_reason is not None:
-                self._finish(response.uid, response.prompt_cache)
+                del self._decoding[response.uid]
+                self._prefixes.finish(request, response.prompt_cache)
                 request.emit_result(response.finish_reason)
-                continue
-            self._record(response.uid, request)
-            if request.output.has_met_stop_text:
+            elif request.output.has_met_stop_text:
                 self._remove_from_batch(response.uid)
                 request.emit_result("stop")
 
-    def _record(self, uid: int, request: Request) -> None:
-        """Keep, while an answer grows, what its layers are about to forget."""
-        if self._codec is None or request.table is None or not request.params.store:
-            return
-        num_tokens = request.table.num_tokens
-        is_boundary = num_tokens % self._block_size == 0
-        is_due = is_boundary and (self._codec.has_windows or self._codec.has_checkpoints)
-        if request.recorder is not None:
-            is_due = is_due or num_tokens - request.recorder.num_tokens >= self._codec.smallest_window
-        if not is_due:
-            return
-        prompt_cache, _ = self._batch_of(uid).extract_cache([uid])[uid]
-        with mx.stream(generation_stream):
-            if request.recorder is not None:
-                request.recorder.record(prompt_cache, num_tokens)
-            if is_boundary and self._codec.has_checkpoints:
-                request.last_checkpoint = num_tokens, self._codec.capture_checkpoint(prompt_cache)
-
     def _remove_from_batch(self, uid: int) -> None:
         prompt_cache, _ = self._batch_of(uid).remove([uid], return_prompt_caches=True)[uid]
-        self._finish(uid, prompt_cache)
+        self._prefixes.finish(self._decoding.pop(uid), prompt_cache)
 
-    def _finish(self, uid: int, prompt_cache: PromptCache) -> None:
-        """Store what the answer has filled, and let go of the blocks."""
-        request = self._decoding.pop(uid)
-        try:
-            with mx.stream(generation_stream):
-                self._store(request, prompt_cache)
-                if request.last_checkpoint is not None:
-                    self._store_checkpoint(request, *request.last_checkpoint)
-        except Exception:
-            logger.exception("an answer could not be stored in the cache")
-        self._leave(request)
-
-    # Blocks.
-
-    def _account(self, request: Request, token_ids: list[int]) -> None:
-        if self._cache is not None and request.table is not None:
-            self._cache.append_tokens(request.table, token_ids)
-
-    def _store(self, request: Request, prompt_cache: PromptCache | None) -> None:
-        cache, codec, table, recorder = self._cache, self._codec, request.table, request.recorder
-        if cache is None or codec is None or table is None or not prompt_cache or not request.params.store:
-            return
-        if recorder is not None:
-            recorder.record(prompt_cache, table.num_tokens)
-
-        def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock | None:
-            window = None
-            if recorder is not None:
-                window = recorder.take(start // cache.block_size)
-                if window is None:
-                    return None
-            return CapturedBlock(None if has_rows else codec.capture_rows(prompt_cache, start, stop), window)
-
-        cache.store(table, capture)
-
-    def _store_checkpoint(self, request: Request, num_tokens: int, payload: BlockPayload) -> None:
-        if self._cache is not None and request.table is not None and request.params.store:
-            key = PartKey(num_tokens // self._cache.block_size - 1, CHECKPOINT)
-            self._cache.store_part(request.table, key, payload)
-
-    def _leave(self, request: Request) -> None:
-        if self._cache is not None and request.table is not None:
-            self._cache.release(request.table)
-        request.prompt_cache = request.pending = None
-
-    @property
-    def _block_size(self) -> int:
-        return self._cache.block_size if self._cache is not None else 1
+    def _extract(self, uid: int, final: PromptCache | None) -> PromptCache:
+        """A decoding request's prompt cache; `final` if the batch has let go of it."""
+        if final is not None:
+            return final
+        prompt_cache, _ = self._batch_of(uid).extract_cache([uid])[uid]
+        return prompt_cache
 
     # Batch.
 
@@ -418,7 +293,7 @@ class Scheduler:
         self._prefilling = None
         self._generator = self._sequential_batch = None
         for request in requests:
-            self._leave(request)
+            self._prefixes.leave(request)
             request.emit(error)
 
 
@@ -427,16 +302,6 @@ def _needs_sequential_decoding(request: Request) -> bool:
     layers = request.prompt_cache or ()
     was_prefilled = len(request.prompt_ids) > 1
     return any(not hasattr(layer, "merge") or (was_prefilled and layer.empty()) for layer in layers)
-
-
-def _last_boundary(num_prompt_tokens: int, block_size: int, codec: PromptStateCodec) -> int:
-    """The last block boundary of a prompt that leaves a token to the batch, and not one more to prefill if that would
-    round otherwise than it did in the cold run: the answer would not be the same to the last bit."""
-    end = num_prompt_tokens - 1
-    boundary = end // block_size * block_size
-    if end - boundary == 1 and codec.rounds_single_tokens_otherwise:
-        return max(boundary - block_size, 0)
-    return boundary
 
 
 def _as_engine_error(exc: Exception) -> OMLXError:

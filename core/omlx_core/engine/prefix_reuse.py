@@ -1,0 +1,211 @@
+"""What the scheduler does with the prefix cache on a request's way: restore, store as it grows, let go.
+
+A model that runs uncached goes the same way; there is just nothing to do on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from omlx_core.mlx_backend import mx
+
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import make_prompt_cache
+
+from omlx_core.cache.parts import CHECKPOINT, PartKey
+from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
+from omlx_core.engine.request import Request
+from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
+from omlx_core.state.recorder import WindowRecorder
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixReuse:
+    """One model's use of its cache. Belongs to the scheduler's thread.
+
+    Args:
+        model: the mlx-lm model.
+        cache: where prefixes are kept.
+        codec: how to cut the model's state into blocks; None runs it uncached.
+        checkpoint_stride_tokens: how far apart, in a long prompt, the state of recurrent layers is kept.
+        wake: makes the scheduler look again; called from other threads.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: TieredCache,
+        codec: PromptStateCodec | None,
+        *,
+        checkpoint_stride_tokens: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._codec = codec
+        self._checkpoint_stride_tokens = checkpoint_stride_tokens
+        self._wake = wake
+        cache.on_progress(wake)
+
+    def tend(self) -> None:
+        """Hand on to the SSD tier what it had no room for; between steps, and whenever `wake` was called."""
+        self._cache.retry_unsaved()
+
+    def begin(self, request: Request) -> bool:
+        """Give a request its prompt cache, filled from the longest cached prefix; False while that is being read."""
+        codec = self._codec
+        if codec is None:
+            request.prompt_cache = make_prompt_cache(self._model)
+            return True
+        if request.pending is None:
+            max_tokens = self._last_boundary(len(request.prompt_ids), codec)
+            request.pending = self._cache.match(
+                request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
+            )
+            request.table = request.pending.table
+            request.pending.notify(self._wake)
+        if not request.pending.is_ready():
+            return False
+        num_matched = request.pending.num_matched_blocks * self._cache.block_size
+        if not self._restore(request, codec):
+            return self.begin(request)
+        if codec.has_windows:
+            request.recorder = WindowRecorder(codec, self._cache.block_size, request.num_computed)
+        if codec.has_checkpoints:
+            request.checkpoints_at = self._plan_checkpoints(request, codec, num_matched)
+        return True
+
+    def computed(self, request: Request, token_ids: list[int]) -> None:
+        """Keep what a prefill step has filled; the prompt cache holds these tokens now."""
+        self._account(request, token_ids)
+        if request.prompt_cache is None:
+            return
+        self._store(request, request.prompt_cache)
+        if self._codec is not None and request.num_computed in request.checkpoints_at:
+            with mx.stream(generation_stream):
+                payload = self._codec.capture_checkpoint(request.prompt_cache)
+            self._store_checkpoint(request, request.num_computed, payload)
+
+    def generated(self, request: Request, token_ids: list[int], extract: Callable[[], PromptCache]) -> None:
+        """Keep what the layers are about to forget while an answer grows.
+
+        Args:
+            request: the request.
+            token_ids: tokens that its cache holds now and did not at the last call.
+            extract: gives its prompt cache; costs time.
+        """
+        self._account(request, token_ids)
+        codec, table = self._codec, request.table
+        if codec is None or table is None or not request.params.store:
+            return
+        is_boundary = table.num_tokens % self._cache.block_size == 0
+        is_due = is_boundary and (codec.has_windows or codec.has_checkpoints)
+        if request.recorder is not None:
+            is_due = is_due or table.num_tokens - request.recorder.num_tokens >= codec.smallest_window
+        if not is_due:
+            return
+        prompt_cache = extract()
+        with mx.stream(generation_stream):
+            if request.recorder is not None:
+                request.recorder.record(prompt_cache, table.num_tokens)
+            if is_boundary and codec.has_checkpoints:
+                request.last_checkpoint = table.num_tokens, codec.capture_checkpoint(prompt_cache)
+
+    def finish(self, request: Request, prompt_cache: PromptCache) -> None:
+        """Store what an answer has filled, and let go."""
+        try:
+            self._store(request, prompt_cache)
+            if request.last_checkpoint is not None:
+                self._store_checkpoint(request, *request.last_checkpoint)
+        except Exception:  # the answer is there, and must not be lost to its cache
+            logger.exception("an answer could not be stored in the cache")
+        self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """Let go of a request's blocks; those that are stored stay."""
+        if request.table is not None:
+            self._cache.release(request.table)
+        request.prompt_cache = request.pending = request.recorder = request.last_checkpoint = None
+
+    def _restore(self, request: Request, codec: PromptStateCodec) -> bool:
+        """Fill the prompt cache from the blocks that were read; False if one was lost and a match finds less."""
+        pending, request.pending = request.pending, None
+        if pending is None:
+            return False
+        content = self._cache.finish_restore(pending, len(request.prompt_ids))
+        if content is None:
+            self._cache.release(pending.table)
+            return False
+        num_tokens = pending.table.num_tokens
+        request.prompt_cache = make_prompt_cache(self._model)
+        if not num_tokens:
+            return True
+        try:
+            with mx.stream(generation_stream):
+                request.prompt_cache, content = codec.restore(
+                    content, num_tokens=num_tokens, capacity=len(request.prompt_ids)
+                )
+        except Exception:
+            # Whatever is wrong with the blocks, the prompt can be computed; the answer must not suffer.
+            logger.exception("a prefix of %d tokens could not be restored and is computed again", num_tokens)
+            self._cache.discard(pending.table)
+            return True
+        self._cache.promote(pending.table, content)
+        request.num_computed = num_tokens
+        request.cached_tokens_hot = pending.num_hot_blocks * self._cache.block_size
+        request.cached_tokens_cold = num_tokens - request.cached_tokens_hot
+        return True
+
+    def _plan_checkpoints(self, request: Request, codec: PromptStateCodec, num_matched: int) -> set[int]:
+        """Where the recurrent state is worth keeping.
+
+        At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
+        conversations; where this prompt was seen to leave an earlier one, for the third that shares their beginning;
+        and at a wide stride.
+        """
+        size, stride = self._cache.block_size, self._checkpoint_stride_tokens
+        last = self._last_boundary(len(request.prompt_ids), codec)
+        at_stride = (at // size * size for at in range(stride, last, stride))
+        wanted = {last, request.system_tokens // size * size, num_matched, *at_stride}
+        return {at for at in wanted if request.num_computed < at <= last}
+
+    def _last_boundary(self, num_prompt_tokens: int, codec: PromptStateCodec) -> int:
+        """The last block boundary of a prompt that leaves a token to the batch, and not one more to prefill if that
+        would round otherwise than it did in the cold run: the answer would not be the same to the last bit."""
+        size, end = self._cache.block_size, num_prompt_tokens - 1
+        boundary = end // size * size
+        if end - boundary == 1 and codec.rounds_single_tokens_otherwise:
+            return max(boundary - size, 0)
+        return boundary
+
+    def _account(self, request: Request, token_ids: list[int]) -> None:
+        if request.table is not None:
+            self._cache.append_tokens(request.table, token_ids)
+
+    def _store(self, request: Request, prompt_cache: PromptCache) -> None:
+        codec, table, recorder = self._codec, request.table, request.recorder
+        if codec is None or table is None or not request.params.store:
+            return
+        size = self._cache.block_size
+
+        def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock | None:
+            window = None
+            if recorder is not None:
+                window = recorder.take(start // size)
+                if window is None:
+                    return None
+            return CapturedBlock(None if has_rows else codec.capture_rows(prompt_cache, start, stop), window)
+
+        with mx.stream(generation_stream):
+            if recorder is not None:
+                recorder.record(prompt_cache, table.num_tokens)
+            self._cache.store(table, capture)
+
+    def _store_checkpoint(self, request: Request, num_tokens: int, payload: BlockPayload) -> None:
+        if request.table is not None and request.params.store:
+            key = PartKey(num_tokens // self._cache.block_size - 1, CHECKPOINT)
+            self._cache.store_part(request.table, key, payload)
