@@ -7,20 +7,21 @@ nothing waits. Losing the race for space or finding a file damaged costs a recom
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.block_pool import CacheBlock
+from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import EventBus, Listener
-from omlx_core.cache.paged_cache import BlockTable, HotCacheStats, PagedCacheManager
+from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
 from omlx_core.cache.parts import WINDOW, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.pending_restore import Content, PendingRestore, lost
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
 
@@ -72,54 +73,6 @@ class CacheStats:
     def matched_tokens(self) -> int:
         """Prompt tokens served from either tier so far."""
         return self.matched_tokens_hot + self.matched_tokens_cold
-
-
-Content = BlockPayload | Future[BlockPayload | None]
-
-
-class PendingRestore:
-    """The content of a matched prefix, some of which may still be on its way from the SSD tier.
-
-    Attributes:
-        table: the matched blocks, up to the last one at which every layer can be restored.
-        num_matched_blocks: how many blocks of the prompt a tier has; those behind the table's lack a part.
-    """
-
-    def __init__(
-        self, table: BlockTable, num_matched_blocks: int, rows: list[Content], parts: dict[PartKey, Content]
-    ) -> None:
-        self.table = table
-        self.num_matched_blocks = num_matched_blocks
-        self._rows = rows
-        self._parts = parts
-
-    @property
-    def num_hot_blocks(self) -> int:
-        """How many of the table's blocks were in RAM, with all that is needed of them, when they were matched."""
-        cold = {position for position, content in enumerate(self._rows) if isinstance(content, Future)}
-        cold |= {key.position for key, content in self._parts.items() if isinstance(content, Future)}
-        return len(self.table.blocks) - len(cold & set(range(len(self.table.blocks))))
-
-    def is_ready(self) -> bool:
-        """Whether `TieredCache.finish_restore` would return without waiting."""
-        return all(future.done() for future in self._futures())
-
-    def notify(self, callback: Callable[[], None]) -> None:
-        """Call back, from an I/O thread, whenever a read has finished."""
-        for future in self._futures():
-            future.add_done_callback(lambda _: callback())
-
-    def content(self) -> PrefixContent:
-        """What could be read: the rows up to the first block that could not, and parts. Waits for reads that run."""
-        rows = list(itertools.takewhile(lambda payload: payload is not None, map(_wait, self._rows)))
-        parts = {key: _wait(content) for key, content in self._parts.items()}
-        return PrefixContent(
-            [payload for payload in rows if payload is not None],
-            {key: payload for key, payload in parts.items() if payload is not None},
-        )
-
-    def _futures(self) -> list[Future[BlockPayload | None]]:
-        return [content for content in (*self._rows, *self._parts.values()) if isinstance(content, Future)]
 
 
 class TieredCache:
@@ -354,7 +307,7 @@ class TieredCache:
         payload = block.payload
         if payload is None and self._ssd is not None and self._readers is not None and block.block_hash is not None:
             return self._readers.submit(self._ssd.load_block, block.block_hash, token_ids)
-        return payload if payload is not None else _resolved(None)
+        return payload if payload is not None else lost()
 
     def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
@@ -404,16 +357,6 @@ class TieredCache:
         del block_hash, is_on_disk  # either way the queue has room again
         if self._unsaved:
             self._wake()
-
-
-def _wait(content: Content) -> BlockPayload | None:
-    return content.result() if isinstance(content, Future) else content
-
-
-def _resolved(payload: BlockPayload | None) -> Future[BlockPayload | None]:
-    future: Future[BlockPayload | None] = Future()
-    future.set_result(payload)
-    return future
 
 
 def _size_bytes(payloads: Sequence[BlockPayload]) -> int:

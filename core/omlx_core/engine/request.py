@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from omlx_core.cache.paged_cache import BlockTable
+from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.tiered_cache import PendingRestore
+from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationParams
 from omlx_core.engine.results import FinishReason, GenerationChunk, GenerationResult, Usage
