@@ -10,7 +10,8 @@ import pytest
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
-from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
+from omlx_core.cache.block_table import BlockTable
+from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 

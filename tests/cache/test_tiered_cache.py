@@ -10,13 +10,15 @@ from typing import cast
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_hashes
+from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import CacheEvent, EventBus
-from omlx_core.cache.paged_cache import BlockTable, PagedCacheManager
+from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.cache.ssd_layout import block_path
-from omlx_core.cache.tiered_cache import CapturedBlock, PendingRestore, TieredCache
+from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 
 NAMESPACE = hash_namespace({"model": "tiny"})
 BLOCK_SIZE = 2
