@@ -13,7 +13,7 @@ from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_has
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
-from omlx_core.cache.parts import PrefixContent
+from omlx_core.cache.parts import WINDOW, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
@@ -753,3 +753,91 @@ def test_listeners_hear_of_blocks_written_evicted_and_found_corrupt(tmp_path: Pa
     told = [(event.kind, event.tier, event.num_blocks, event.size_bytes) for event in heard]
     spilled = ("spill", "cold", 1, file_bytes[0])
     assert told == [spilled, spilled, ("corrupt", "cold", 1, 0), ("evict", "cold", 1, file_bytes[0]), spilled]
+
+
+# Parts.
+
+
+def windows_of(num_blocks: int) -> list[PartKey]:
+    return [PartKey(num_blocks - 1, WINDOW)] if num_blocks else []
+
+
+def store_with_windows(cache: TieredCache, request: Request) -> None:
+    def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock:
+        rows = None if has_rows else payload_of(request.prompt[:stop])
+        return CapturedBlock(rows, payload_of([99, *request.prompt[:stop]]))
+
+    cache.store(request.table, capture)
+
+
+def test_a_prefix_is_cut_to_where_its_parts_are(cold: FakeColdTier) -> None:
+    for cache in (make_cache(), make_cache(cold)):
+        request = Request.start(cache, [1, 2, 3, 4, 5, 6, 7])
+        request.compute(4)
+        store_with_windows(cache, request)
+        request.compute()
+        request.store()  # the third block without its window
+        cache.release(request.table)
+        pending = cache.match([1, 2, 3, 4, 5, 6, 7], needs=windows_of)
+        content = finish(cache, pending, 7)
+        assert (pending.num_matched_blocks, pending.table.num_tokens) == (3, 4)
+        assert [bytes(payload.tensors["kv"].data) for payload in content.parts.values()] == [
+            content_of([99, 1, 2, 3, 4])
+        ]
+        cache.release(pending.table)
+        assert cache.stats().hot.blocks_in_use == 0
+        cache.check()
+
+
+def test_a_lost_part_asks_for_another_match(cold: FakeColdTier) -> None:
+    cache = make_cache(cold)
+    request = Request.start(cache, [1, 2, 3, 4, 5])
+    request.compute()
+    store_with_windows(cache, request)
+    cache.release(request.table)
+    cold.unreadable.add(hash_part(hashes_of([1, 2, 3, 4])[1], WINDOW))
+    cache = restart(cold)
+    pending = cache.match([1, 2, 3, 4, 5], needs=windows_of)
+    assert cache.finish_restore(pending, 5) is None
+    cache.release(pending.table)
+    pending = cache.match([1, 2, 3, 4, 5], needs=windows_of)
+    assert finish(cache, pending, 5).rows
+    assert pending.table.num_tokens == 2
+    cache.release(pending.table)
+    assert cache.stats().lost_blocks == 1
+
+
+def test_parts_that_a_full_queue_refused_are_written_later(cold: FakeColdTier) -> None:
+    cold.queue_length = 1
+    cache = make_cache(cold)
+    request = Request.start(cache, [1, 2, 3, 4, 5])
+    request.compute()
+    store_with_windows(cache, request)
+    cache.release(request.table)
+    assert len(cold.saved) == 1
+    assert cache.stats().hot.blocks_in_use == 4
+    while cold.queued:
+        cold.write_one()
+        cache.retry_unsaved()
+    blocks = hashes_of([1, 2, 3, 4])
+    assert sorted(cold.saved) == sorted([*blocks, *(hash_part(block_hash, WINDOW) for block_hash in blocks)])
+    assert cache.stats().hot.blocks_in_use == 0
+
+
+def test_what_is_on_ssd_already_is_not_looked_up_again_for_each_block(cold: FakeColdTier) -> None:
+    lookups = 0
+    has_block = cold.has_block
+
+    def count(block_hash: BlockHash) -> bool:
+        nonlocal lookups
+        lookups += 1
+        return has_block(block_hash)
+
+    cold.has_block = count  # type: ignore[method-assign]
+    cache = make_cache(cold)
+    request = Request.start(cache, list(range(101)))
+    request.compute()
+    store_with_windows(cache, request)
+    cache.release(request.table)
+    assert len(cold.saved) == 100
+    assert lookups <= 4 * 100

@@ -23,6 +23,7 @@ class BlockTable:
         num_committed: how many leading blocks are published.
         num_saved: how many leading blocks the SSD tier has, or has taken in hand; `TieredCache` keeps count.
         parts: windows and checkpoints of published blocks, each held by one reference of this table.
+        unsaved_parts: those that the SSD tier may lack; `TieredCache` keeps the set.
     """
 
     extra_keys: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class BlockTable:
     num_committed: int = 0
     num_saved: int = 0
     parts: dict[PartKey, CacheBlock] = field(default_factory=dict)
+    unsaved_parts: set[PartKey] = field(default_factory=set)
 
     @property
     def num_tokens(self) -> int:

@@ -278,6 +278,7 @@ class PagedCacheManager:
             num_committed=table.num_committed,
             num_saved=table.num_saved,
             parts=dict(table.parts),
+            unsaved_parts=set(table.unsaved_parts),
         )
 
     def free_block_table(self, table: BlockTable) -> None:
@@ -347,6 +348,7 @@ class PagedCacheManager:
         """Let go of the parts of all blocks but the first `num_blocks`, deepest first; the lock is held."""
         for key in sorted(key for key in table.parts if key.position >= num_blocks)[::-1]:
             self._pool.release(table.parts.pop(key))
+            table.unsaved_parts.discard(key)
 
     def _publish(self, table: BlockTable, full: FullBlock, published: CacheBlock | None) -> CacheBlock:
         """Register the table's own block, or put the one that is published already in its place."""

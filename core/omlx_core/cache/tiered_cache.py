@@ -143,6 +143,7 @@ class TieredCache:
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
             # be continued on SSD, where a child is written only after its parent.
+            table.unsaved_parts.update(table.parts)
             self._hand_over(table, self._ssd)
             used = [*table.blocks, *table.parts.values()]
             self._ssd.touch([block.block_hash for block in used if block.block_hash is not None])
@@ -222,7 +223,8 @@ class TieredCache:
             block_hash = table.blocks[key.position].block_hash
             if block_hash is not None:
                 in_cold_tier = self._save(self._ssd, hash_part(block_hash, key.part), block_hash, (), payload)
-        self._paged.commit_part(table, key, payload, in_cold_tier=in_cold_tier)
+        if self._paged.commit_part(table, key, payload, in_cold_tier=in_cold_tier) and not in_cold_tier:
+            table.unsaved_parts.add(key)
 
     def release(self, table: BlockTable) -> None:
         """Let go of a table's blocks, once the SSD tier has them in hand; they stay cached until they are evicted."""
@@ -332,12 +334,13 @@ class TieredCache:
                 if not self._save(ssd, block.block_hash, parent_hash, tokens, block.payload):
                     return ssd.stats().queued_blocks == 0
             table.num_saved += 1
-        for key, part in table.parts.items():
-            if part.payload is None or part.block_hash is None or ssd.has_block(part.block_hash):
-                continue
-            parent_hash = table.blocks[key.position].block_hash
-            if not self._save(ssd, part.block_hash, parent_hash, (), part.payload):
-                return ssd.stats().queued_blocks == 0
+        for key in sorted(table.unsaved_parts):
+            part = table.parts[key]
+            if part.block_hash is not None and part.payload is not None and not ssd.has_block(part.block_hash):
+                parent_hash = table.blocks[key.position].block_hash
+                if not self._save(ssd, part.block_hash, parent_hash, (), part.payload):
+                    return ssd.stats().queued_blocks == 0
+            table.unsaved_parts.discard(key)
         return True
 
     def _save(
