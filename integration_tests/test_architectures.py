@@ -6,13 +6,21 @@ import os
 os.environ["OMLX_OPENBLAS"] = "0"
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from omlx_core.mlx_backend import backend_name
 
 import pytest
 
-from integration_tests.architectures import ARCHITECTURES, CUT_DEPENDENT, CUT_TOLERANCE, NOT_TRIED, build_tiny
+from integration_tests.architectures import (
+    ARCHITECTURES,
+    CUT_DEPENDENT,
+    CUT_TOLERANCE,
+    NOT_TRIED,
+    UNLIKE_ALONE_IN_BATCH,
+    build_tiny,
+)
 from omlx_core import CacheSettings, Engine
 from omlx_core.model.loading import LoadedModel
 
@@ -112,3 +120,16 @@ def test_model_that_cannot_be_restored_exactly_runs_uncached_and_says_so(name, c
     assert [result.usage.cached_tokens for result in results] == [0, 0]
     assert results[0].token_ids == results[1].token_ids
     assert "runs without a prefix cache" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted({"gpt_oss", "lfm2", "llama", *UNLIKE_ALONE_IN_BATCH}))
+def test_neighbours_of_other_lengths_change_no_answer(name):
+    prompts = [tokens(length, seed=length) for length in (12, 37, 90)]
+    with open_engine(name, no_cache=True) as engine:
+        alone = [answer(engine, prompt) for prompt in prompts]
+        streams = [engine.stream(prompt, max_tokens=8, logprobs=True) for prompt in prompts]
+        with ThreadPoolExecutor(len(streams)) as callers:
+            together = [chunks[-1].result for chunks in callers.map(list, streams)]
+    for result, expected in zip(together, alone, strict=True):
+        assert result.token_ids == expected.token_ids
+        assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)

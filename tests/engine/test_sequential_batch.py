@@ -28,7 +28,7 @@ def is_sequential(monkeypatch):
     """Decides for each request; by the length of its prompt, say."""
 
     def choose(condition):
-        monkeypatch.setattr(scheduler, "_needs_sequential_decoding", lambda r: condition(len(r.prompt_ids)))
+        monkeypatch.setattr(scheduler, "needs_sequential_decoding", lambda _model, _cache, length: condition(length))
 
     choose(lambda _: True)
     return choose

@@ -14,7 +14,7 @@ from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.model.fingerprint import describe_namespace
-from omlx_core.model.loading import LoadedModel
+from omlx_core.model.loading import LoadedModel, architecture_of
 from omlx_core.settings import CacheSettings
 from omlx_core.state.prompt_state import PromptStateCodec, UnsupportedLayerError
 
@@ -39,9 +39,9 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
     """
     template = make_prompt_cache(loaded.model)
     codec = None
-    model_type = type(loaded.model).__module__.rpartition(".")[2]
-    if model_type in _CUT_DEPENDENT:
-        logger.warning("%s runs without a prefix cache: %s", loaded.name, _CUT_DEPENDENT[model_type])
+    architecture = architecture_of(loaded.model)
+    if architecture in _CUT_DEPENDENT:
+        logger.warning("%s runs without a prefix cache: %s", loaded.name, _CUT_DEPENDENT[architecture])
     elif not settings.no_cache:
         try:
             is_latent = getattr(getattr(loaded.model, "args", None), "kv_lora_rank", None) is not None

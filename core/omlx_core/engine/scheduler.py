@@ -24,7 +24,7 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import make_sampler
-from omlx_core.engine.sequential_batch import SequentialBatch
+from omlx_core.engine.sequential_batch import SequentialBatch, needs_sequential_decoding
 from omlx_core.errors import CacheInvariantError, EngineClosedError, EngineError, OMLXError, RequestCancelledError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache
@@ -215,11 +215,13 @@ class Scheduler:
         mx.clear_cache()
 
     def _join_batch(self, request: Request) -> None:
-        batch = self._sequential() if _needs_sequential_decoding(request) else self._batch()
+        prompt_cache = request.prompt_cache or []
+        is_sequential = needs_sequential_decoding(self._model, prompt_cache, len(request.prompt_ids))
+        batch = self._sequential() if is_sequential else self._batch()
         [uid] = batch.insert_segments(
             [[request.prompt_ids[-1:]]],
             max_tokens=[request.params.max_tokens],
-            caches=[request.prompt_cache or []],
+            caches=[prompt_cache],
             all_tokens=[request.prompt_ids[:-1]],
             samplers=[make_sampler(request.params)],
         )
@@ -295,13 +297,6 @@ class Scheduler:
         for request in requests:
             self._prefixes.leave(request)
             request.emit(error)
-
-
-def _needs_sequential_decoding(request: Request) -> bool:
-    """Whether mlx-lm's batch can't take a request: a cache without a batch form, or one that was never filled."""
-    layers = request.prompt_cache or ()
-    was_prefilled = len(request.prompt_ids) > 1
-    return any(not hasattr(layer, "merge") or (was_prefilled and layer.empty()) for layer in layers)
 
 
 def _as_engine_error(exc: Exception) -> OMLXError:

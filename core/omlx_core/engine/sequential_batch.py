@@ -1,7 +1,8 @@
 """Decodes, one sequence after the other, what mlx-lm's `BatchGenerator` can't take.
 
-That is: cache classes without a batch form (`ChunkedKVCache`, a model's own), and layers that never fill the cache they
-are given. The interface is the part of `BatchGenerator` that the scheduler uses, so that it need not tell them apart.
+That is: cache classes without a batch form (`ChunkedKVCache`, a model's own), layers that never fill the cache they are
+given, and architectures that are answered otherwise beside a request of another length. The interface is the part of
+`BatchGenerator` that the scheduler uses, so that it need not tell them apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,31 @@ from omlx_core.mlx_backend import mx
 
 from mlx_lm.generate import GenerationBatch, generation_stream
 
+from omlx_core.model.loading import architecture_of
+
 Response = GenerationBatch.Response
+
+# What mlx-lm 0.32 gets wrong in a batch of sequences of different lengths, or can't do.
+UNLIKE_ALONE_IN_BATCH = {
+    "afm7": "the layers that reuse keys take their positions from the padded length",
+    "gemma2": "the mask of a batch doesn't fit the grouped scores",
+    "gpt_bigcode": "it asks for the offset of the batch as one number",
+    "minimax_m3_vl": "blocks are counted from the padded start",
+    "phi3small": "the mask of a batch doesn't fit the grouped scores",
+}
+
+
+def needs_sequential_decoding(model: Any, prompt_cache: Sequence[Any], num_prompt_tokens: int) -> bool:
+    """Whether `BatchGenerator` can't take a sequence, or would answer it otherwise than alone.
+
+    Args:
+        model: the mlx-lm model.
+        prompt_cache: its cache after all tokens of the prompt but the last.
+        num_prompt_tokens: tokens of the prompt.
+    """
+    if architecture_of(model) in UNLIKE_ALONE_IN_BATCH:
+        return True
+    return any(not hasattr(layer, "merge") or (num_prompt_tokens > 1 and layer.empty()) for layer in prompt_cache)
 
 
 @dataclass(eq=False)

@@ -74,6 +74,11 @@ def load_model(path_or_repo: str | os.PathLike[str], adapter_path: str | None = 
     return LoadedModel(model=model, tokenizer=tokenizer, name=name, config=config, adapter_path=adapter)
 
 
+def architecture_of(model: Any) -> str:
+    """The name of a model's module in mlx-lm, such as ``"qwen3"``."""
+    return type(model).__module__.rpartition(".")[2]
+
+
 def context_length(model_or_args: Any, config: Mapping[str, Any] | None, tokenizer: Any | None) -> int | None:
     """How many tokens the model was made for; None if it doesn't say, as recurrent models may not.
 
