@@ -30,18 +30,26 @@ class _Row:
     depth: int
     size_bytes: int
     last_used: int
+    part: str
 
     @property
     def name(self) -> str:
         return f"{self.namespace.hex()[:8]}/{self.hash.hex()[:8]}"
 
 
-def audit_directory(directory: Path, *, max_size_bytes: int | None = None, hashes_are_of_tokens: bool = False) -> list:
+def audit_directory(
+    directory: Path,
+    *,
+    max_size_bytes: int | None = None,
+    checkpoint_share: float = 1.0,
+    hashes_are_of_tokens: bool = False,
+) -> list:
     """Find everything that is wrong in a cache folder which nobody is using at the moment.
 
     Args:
         directory: the cache's folder.
         max_size_bytes: its budget, if that is to be judged too.
+        checkpoint_share: the largest part of it for checkpoints.
         hashes_are_of_tokens: also recompute each block's hash from its tokens and its parent, without extra keys.
 
     Returns:
@@ -58,17 +66,20 @@ def audit_directory(directory: Path, *, max_size_bytes: int | None = None, hashe
         findings += [f"{row.name}: {finding}" for finding in _judge_file(path, row, hashes_are_of_tokens)]
     for row in rows:
         findings += [f"{row.name}: {finding}" for finding in _judge_chain(row, by_key)]
-    expected_totals = (len(rows), sum(row.size_bytes for row in rows))
+    checkpoint_bytes = sum(row.size_bytes for row in rows if row.part == "checkpoint")
+    expected_totals = (len(rows), sum(row.size_bytes for row in rows), checkpoint_bytes)
     if not unpublished and totals != expected_totals:
         findings.append(f"the totals are {totals}, the rows add up to {expected_totals}")
     findings += _judge_folder(directory, set(paths))
     size_bytes = sum(path.stat().st_size for path in directory.glob("*/??/*"))
     if max_size_bytes is not None and size_bytes > max_size_bytes:
         findings.append(f"{size_bytes} bytes on disk exceed the budget of {max_size_bytes}")
+    if max_size_bytes is not None and checkpoint_bytes > max_size_bytes * checkpoint_share:
+        findings.append(f"{checkpoint_bytes} bytes of checkpoints exceed {checkpoint_share} of {max_size_bytes}")
     return sorted(findings)
 
 
-def _read_index(path: Path) -> tuple[list[_Row], list[str], tuple[int, int]]:
+def _read_index(path: Path) -> tuple[list[_Row], list[str], tuple[int, int, int]]:
     connection = sqlite3.connect(path)
     try:
         [(verdict,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
@@ -76,13 +87,15 @@ def _read_index(path: Path) -> tuple[list[_Row], list[str], tuple[int, int]]:
             raise AssertionError(f"SQLite says about {path}: {verdict}")
         rows = [
             _Row(*values)
-            for values in connection.execute("SELECT namespace, hash, parent, depth, size_bytes, last_used FROM blocks")
+            for values in connection.execute(
+                "SELECT namespace, hash, parent, depth, size_bytes, last_used, part FROM blocks"
+            )
         ]
         unpublished = [
             f"{namespace.hex()[:8]}/{block_hash.hex()[:8]} of {owner or 'an eviction'}"
             for namespace, block_hash, owner in connection.execute("SELECT namespace, hash, owner FROM unpublished")
         ]
-        [totals] = connection.execute("SELECT num_blocks, size_bytes FROM totals").fetchall()
+        [totals] = connection.execute("SELECT num_blocks, size_bytes, checkpoint_bytes FROM totals").fetchall()
     finally:
         connection.close()
     return rows, unpublished, totals
@@ -108,12 +121,13 @@ def _judge_file(path: Path, row: _Row, hashes_are_of_tokens: bool) -> Iterator[s
     if xxhash.xxh3_128(content[:digits_at] + content[digits_at + 32 :]).hexdigest() != metadata["checksum"]:
         yield "the checksum doesn't match"
     parent = row.parent.hex() if row.parent is not None else ""
-    said = {name: metadata[name] for name in ("namespace", "block_hash", "parent_hash", "depth")}
+    said = {name: metadata[name] for name in ("namespace", "block_hash", "parent_hash", "depth", "part")}
     known = {
         "namespace": row.namespace.hex(),
         "block_hash": row.hash.hex(),
         "parent_hash": parent,
         "depth": str(row.depth),
+        "part": row.part,
     }
     if said != known:
         yield f"the file says {said}, the index {known}"
@@ -123,6 +137,8 @@ def _judge_file(path: Path, row: _Row, hashes_are_of_tokens: bool) -> Iterator[s
     if len(token_ids) != 4 * int(metadata["num_tokens"]):
         yield f"{len(token_ids)} bytes of token ids for {metadata['num_tokens']} tokens"
     chained = (row.parent or row.namespace) + (len(token_ids) // 4).to_bytes(4, "little") + token_ids
+    if row.part != "rows":
+        chained = (row.parent or b"") + b"/" + row.part.encode()
     if hashes_are_of_tokens and hashlib.sha256(chained).digest() != row.hash:
         yield "its hash is not that of its tokens"
 
@@ -136,6 +152,8 @@ def _judge_chain(row: _Row, by_key: dict[tuple[bytes, bytes], _Row]) -> Iterator
     if parent is None:
         yield "its parent is missing"
         return
+    if parent.part != "rows":
+        yield f"its parent is a {parent.part}"
     if parent.depth + 1 != row.depth:
         yield f"depth {row.depth} under a parent of depth {parent.depth}"
     if parent.last_used < row.last_used:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 
@@ -75,7 +76,9 @@ def cache(open_cache: Callable[..., PagedSSDCacheManager]) -> PagedSSDCacheManag
 def save(make_payload: Callable[..., BlockPayload], make_hash: Callable[[object], BlockHash]) -> Callable[..., bool]:
     """Store a block of a name under a parent's name, wait, and say whether it is on disk."""
 
-    def store(cache: PagedSSDCacheManager, name: object, parent: object = None, *, size_bytes: int = 64) -> bool:
+    def store(
+        cache: PagedSSDCacheManager, name: object, parent: object = None, *, size_bytes: int = 64, part: Part = ROWS
+    ) -> bool:
         calls: list[tuple[BlockHash, bool, str]] = []
 
         def on_complete(block_hash: BlockHash, is_on_disk: bool) -> None:
@@ -83,7 +86,7 @@ def save(make_payload: Callable[..., BlockPayload], make_hash: Callable[[object]
 
         parent_hash = None if parent is None else make_hash(parent)
         payload = make_payload(zlib.crc32(repr(name).encode()), size_bytes)
-        assert cache.save_block(make_hash(name), parent_hash, TOKENS, payload, on_complete)
+        assert cache.save_block(make_hash(name), parent_hash, TOKENS, payload, on_complete, part=part)
         assert cache.flush(WAIT_S)
         [(block_hash, is_on_disk, thread)] = calls
         assert (block_hash, thread) == (make_hash(name), "omlx-ssd-writer")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_cache import SSDCacheStats
 
@@ -35,6 +36,8 @@ class BlockStore(Protocol):
         token_ids: Sequence[int],
         payload: BlockPayload,
         on_complete: Callable[[BlockHash, bool], None] | None = None,
+        *,
+        part: Part = ROWS,
     ) -> bool: ...
 
     def load_block(self, block_hash: BlockHash, token_ids: Sequence[int]) -> BlockPayload | None: ...
@@ -107,6 +110,16 @@ class StoreContract:
         assert all(save(number, parent=number - 1 if number else None) for number in range(5))
         assert store.flush(WAIT_S)
         assert all(store.has_block(make_hash(number)) for number in range(5))
+
+    def test_parts_are_stored_beside_their_block(self, store, save, make_hash, make_payload) -> None:
+        assert save(1)
+        hashes = {part: hash_part(make_hash(1), part) for part in (WINDOW, CHECKPOINT)}
+        for seed, (part, part_hash) in enumerate(hashes.items(), start=2):
+            assert store.save_block(part_hash, make_hash(1), (), make_payload(seed), part=part)
+        assert store.flush(WAIT_S)
+        for seed, part_hash in enumerate(hashes.values(), start=2):
+            assert store.has_block(part_hash)
+            assert store.load_block(part_hash, ()) == make_payload(seed)
 
     def test_says_once_of_each_block_whether_it_is_stored(self, store, make_hash, make_payload) -> None:
         calls: list[tuple[BlockHash, bool]] = []

@@ -19,6 +19,7 @@ from omlx_core.cache.block_file import (
     read_block_identity,
     write_block_file,
 )
+from omlx_core.cache.parts import PARTS, ROWS
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockFileError, CorruptBlockError
 
@@ -61,13 +62,14 @@ def rewrite_header(path: Path, change: dict[str, object]) -> None:
         max_size=5,
     ),
     tokens=st.lists(st.integers(0, 2**32 - 1), max_size=9),
+    part=st.sampled_from([ROWS, *PARTS]),
 )
-def test_reads_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, specs, tokens) -> None:
+def test_reads_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, specs, tokens, part) -> None:
     path = tmp_path_factory.mktemp("block") / "block.safetensors"
     payload = BlockPayload(
         {name: tensor(dtype, shape, seed) for seed, (name, (dtype, shape)) in enumerate(specs.items())}
     )
-    identity = BlockIdentity(b"n" * 32, b"h" * 32, None, 0, encode_token_ids(tokens))
+    identity = BlockIdentity(b"n" * 32, b"h" * 32, None, 0, encode_token_ids(tokens), part)
     block = encode_block(identity, payload)
     write_block_file(path, block)
 
@@ -119,6 +121,7 @@ def test_any_safetensors_reader_can_open_it(tmp_path: Path) -> None:
         assert file.get_tensor("none").shape == (0, 2)
         assert file.metadata()["block_hash"] == IDENTITY.block_hash.hex()
         assert file.metadata()["num_tokens"] == "3"
+        assert file.metadata()["part"] == "rows"
 
 
 def test_any_single_flipped_bit_is_detected(block_file: Path) -> None:
@@ -199,15 +202,23 @@ def test_malformed_metadata_is_corruption(block_file: Path, change: dict[str, ob
         read(block_file)
 
 
+@pytest.mark.parametrize("part", ["", "state", None, ["rows"]])
+def test_an_unknown_part_is_corruption_before_the_data_is_read(block_file: Path, part: object) -> None:
+    rewrite_header(block_file, {"part": part})
+    with open(block_file, "rb", buffering=0) as file, pytest.raises(CorruptBlockError, match="no part of a block"):
+        read_block_identity(file)
+
+
 def test_consistent_metadata_that_was_changed_is_corruption(block_file: Path) -> None:
     rewrite_header(block_file, {"depth": "8"})
     with pytest.raises(CorruptBlockError, match="checksum"):
         read(block_file)
 
 
-def test_a_newer_format_version_is_not_corruption(block_file: Path) -> None:
-    rewrite_header(block_file, {"format_version": "2"})
-    with pytest.raises(BlockFileError, match="version '2'") as caught:
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_another_format_version_is_not_corruption(block_file: Path, version: str) -> None:
+    rewrite_header(block_file, {"format_version": version})
+    with pytest.raises(BlockFileError, match=f"version '{version}'") as caught:
         read(block_file)
     assert not isinstance(caught.value, CorruptBlockError)
 

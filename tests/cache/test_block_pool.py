@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.block_pool import BlockPool, CacheBlock, FreeKVCacheBlockQueue
+from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -20,54 +21,56 @@ def name_of(letter: str) -> BlockHash:
     return BlockHash(letter.encode() * 32)
 
 
-def cache(pool: BlockPool, letter: str, size_bytes: int = 8) -> CacheBlock:
+def cache(pool: BlockPool, letter: str, size_bytes: int = 8, part: Part = ROWS) -> CacheBlock:
     """A block that is published, in RAM, and held by nobody."""
-    block = hold(pool, letter, size_bytes)
+    block = hold(pool, letter, size_bytes, part)
     pool.release(block)
     return block
 
 
-def hold(pool: BlockPool, letter: str, size_bytes: int = 8) -> CacheBlock:
+def hold(pool: BlockPool, letter: str, size_bytes: int = 8, part: Part = ROWS) -> CacheBlock:
     block = pool.allocate()
-    pool.register(block, name_of(letter))
+    pool.register(block, name_of(letter), part)
     pool.attach(block, payload_of(size_bytes))
     return block
 
 
 def cached_letters(pool: BlockPool) -> str:
-    """The free queue, least recently used first."""
-    return "".join(block.block_hash[:1].decode() for block in pool._cached if block.block_hash)
+    """What may be evicted, least recently used first."""
+    return "".join(block.block_hash[:1].decode() for block in pool.eviction_order() if block.block_hash)
+
+
+def evict_all(pool: BlockPool) -> str:
+    """Evict one after the other; in which order."""
+    letters = ""
+    before = cached_letters(pool)
+    while pool.evict_least_recently_used():
+        pool.check()
+        after = cached_letters(pool)
+        [gone] = set(before) - set(after)
+        letters, before = letters + gone, after
+    return letters
 
 
 # The free queue.
 
 
-def test_queue_gives_blocks_in_the_order_they_came() -> None:
-    queue = FreeKVCacheBlockQueue()
-    blocks = [CacheBlock(i) for i in range(3)]
-    for block in blocks:
-        queue.append(block)
-    assert [queue.popleft() for _ in range(4)] == [*blocks, None]
-    assert len(queue) == 0
-
-
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["append", "remove", "popleft"]), st.integers(0, 4)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(["append", "remove"]), st.integers(0, 4)), max_size=40))
 def test_queue_behaves_as_a_list(steps: list[tuple[str, int]]) -> None:
     queue = FreeKVCacheBlockQueue()
     model: list[CacheBlock] = []
     blocks = [CacheBlock(i) for i in range(5)]
     for action, i in steps:
         block = blocks[i]
-        if action == "popleft":
-            assert queue.popleft() is (model.pop(0) if model else None)
-        elif (action == "append") == (block in model):
+        if (action == "append") == (block in model):
             with pytest.raises(CacheInvariantError, match=f"block {i} is"):
                 getattr(queue, action)(block)
         else:
             getattr(queue, action)(block)
             getattr(model, action)(block)
         assert list(queue) == model
+        assert queue.front is (model[0] if model else None)
         assert len(queue) == len(model)
 
 
@@ -200,13 +203,48 @@ def test_payload_bytes_are_counted_held_and_evictable_apart() -> None:
     pool = BlockPool(initial_blocks=4)
     held = hold(pool, "a", size_bytes=8)
     cached = cache(pool, "b", size_bytes=4)
-    assert (pool.hot_bytes, pool.evictable_bytes, pool.num_hot) == (12, 4, 2)
+    assert (pool.hot_bytes, pool.held_bytes, pool.num_hot) == (12, 8, 2)
     pool.acquire(cached)
-    assert (pool.hot_bytes, pool.evictable_bytes) == (12, 0)
+    assert (pool.hot_bytes, pool.held_bytes) == (12, 12)
     pool.release(held)
-    assert (pool.hot_bytes, pool.evictable_bytes) == (12, 8)
+    assert (pool.hot_bytes, pool.held_bytes) == (12, 4)
     pool.evict_least_recently_used()
-    assert (pool.hot_bytes, pool.evictable_bytes, pool.num_hot) == (4, 0, 1)
+    assert (pool.hot_bytes, pool.held_bytes, pool.num_hot) == (4, 4, 1)
+    pool.check()
+
+
+def test_checkpoints_are_counted_by_themselves_too() -> None:
+    pool = BlockPool(initial_blocks=4)
+    hold(pool, "a", size_bytes=1)
+    hold(pool, "b", size_bytes=2, part=WINDOW)
+    held = hold(pool, "c", size_bytes=4, part=CHECKPOINT)
+    cached = cache(pool, "d", size_bytes=8, part=CHECKPOINT)
+    assert (pool.hot_bytes, pool.held_bytes) == (15, 7)
+    assert (pool.checkpoint_bytes, pool.held_checkpoint_bytes) == (12, 4)
+    pool.acquire(cached)
+    assert (pool.checkpoint_bytes, pool.held_checkpoint_bytes) == (12, 12)
+    pool.release(held)
+    assert (pool.checkpoint_bytes, pool.held_checkpoint_bytes) == (12, 8)
+    pool.evict_checkpoint()
+    assert (pool.hot_bytes, pool.checkpoint_bytes, pool.held_checkpoint_bytes) == (11, 8, 8)
+    pool.check()
+
+
+def test_a_record_that_held_a_checkpoint_serves_for_rows_again() -> None:
+    pool = BlockPool(initial_blocks=1, max_blocks=1)
+    cache(pool, "a", part=CHECKPOINT)
+    block = cache(pool, "b")
+    assert (block.part, pool.checkpoint_bytes, pool.hot_bytes) == (ROWS, 0, 8)
+    assert not pool.evict_checkpoint()
+    pool.check()
+
+
+def test_a_payload_comes_after_the_hash_that_says_what_it_is() -> None:
+    pool = BlockPool(initial_blocks=1)
+    block = pool.allocate()
+    with pytest.raises(CacheInvariantError, match="before its hash"):
+        pool.attach(block, payload_of(1))
+    assert pool.hot_bytes == 0
     pool.check()
 
 
@@ -222,6 +260,37 @@ def test_evicts_the_least_recently_released_first() -> None:
     assert [pool.evict_least_recently_used() for _ in range(4)] == [True, True, True, False]
     assert (pool.num_evictions, pool.num_empty, pool.hot_bytes) == (3, 4, 0)
     pool.check()
+
+
+def test_rows_and_checkpoints_leave_in_one_order() -> None:
+    pool = BlockPool(initial_blocks=8)
+    for letter in "aBcDEf":
+        cache(pool, letter, part=CHECKPOINT if letter.isupper() else ROWS)
+    block = pool.get(name_of("B"))
+    assert block is not None
+    pool.acquire(block)
+    pool.release(block)
+    assert cached_letters(pool) == "acDEfB"
+    assert evict_all(pool) == "acDEfB"
+
+
+def test_checkpoints_can_be_evicted_by_themselves_the_least_recently_used_first() -> None:
+    pool = BlockPool(initial_blocks=8)
+    for letter in "aBcDEf":
+        cache(pool, letter, part=CHECKPOINT if letter.isupper() else ROWS)
+    left = []
+    while pool.evict_checkpoint():
+        left.append(cached_letters(pool))
+        pool.check()
+    assert left == ["acDEf", "acEf", "acf"]
+    assert pool.num_evictions == 3
+
+
+def test_a_held_checkpoint_is_never_evicted() -> None:
+    pool = BlockPool(initial_blocks=2)
+    block = hold(pool, "a", part=CHECKPOINT)
+    assert not pool.evict_checkpoint()
+    assert pool.get(name_of("a")) is block
 
 
 def test_a_block_used_again_moves_to_the_back() -> None:
@@ -253,11 +322,11 @@ def test_an_evicted_block_is_empty_and_its_hash_unknown() -> None:
 
 
 def _hold_a_cached_block(pool: BlockPool) -> None:
-    next(iter(pool._cached)).ref_count = 1
+    next(pool.eviction_order()).ref_count = 1
 
 
 def _forget_a_payload(pool: BlockPool) -> None:
-    next(iter(pool._cached)).payload = None
+    next(pool.eviction_order()).payload = None
 
 
 def _lose_an_index_entry(pool: BlockPool) -> None:
@@ -265,7 +334,7 @@ def _lose_an_index_entry(pool: BlockPool) -> None:
 
 
 def _empty_a_cached_block(pool: BlockPool) -> None:
-    pool._empty.append(next(iter(pool._cached)))
+    pool._empty.append(next(pool.eviction_order()))
 
 
 def _fill_an_empty_block(pool: BlockPool) -> None:
@@ -273,7 +342,19 @@ def _fill_an_empty_block(pool: BlockPool) -> None:
 
 
 def _cut_the_queue(pool: BlockPool) -> None:
-    pool._cached._front.next_free = pool._cached._back
+    queue = pool._others.cached
+    queue._front.next_free = queue._back
+
+
+def _put_rows_among_the_checkpoints(pool: BlockPool) -> None:
+    block = next(pool.eviction_order())
+    pool._others.cached.remove(block)
+    pool._checkpoints.cached.append(block)
+
+
+def _set_the_clock_back(pool: BlockPool) -> None:
+    [*_, last] = pool._others.cached
+    last.released_at = 0
 
 
 def _lose_a_block(pool: BlockPool) -> None:
@@ -281,11 +362,23 @@ def _lose_a_block(pool: BlockPool) -> None:
 
 
 def _miscount_hot_bytes(pool: BlockPool) -> None:
-    pool._hot_bytes += 1
+    pool._others.hot_bytes += 1
+
+
+def _miscount_checkpoint_bytes(pool: BlockPool) -> None:
+    pool._checkpoints.hot_bytes -= 1
+
+
+def _mistake_a_checkpoint_for_rows(pool: BlockPool) -> None:
+    next(iter(pool._checkpoints.cached)).part = ROWS
 
 
 def _miscount_evictable_bytes(pool: BlockPool) -> None:
-    pool._evictable_bytes -= 1
+    pool._others.evictable_bytes -= 1
+
+
+def _miscount_evictable_checkpoint_bytes(pool: BlockPool) -> None:
+    pool._checkpoints.evictable_bytes += 1
 
 
 def _miscount_hot_blocks(pool: BlockPool) -> None:
@@ -302,15 +395,22 @@ def _miscount_hot_blocks(pool: BlockPool) -> None:
         (_fill_an_empty_block, "an empty block carries something"),
         (_cut_the_queue, "free queue length"),
         (_lose_a_block, "blocks in use"),
-        (_miscount_hot_bytes, "hot bytes"),
-        (_miscount_evictable_bytes, "evictable bytes"),
+        (_put_rows_among_the_checkpoints, "queue of checkpoints"),
+        (_mistake_a_checkpoint_for_rows, "queue of checkpoints"),
+        (_set_the_clock_back, "eviction order"),
+        (_miscount_hot_bytes, "hot bytes of others"),
+        (_miscount_checkpoint_bytes, "hot bytes of checkpoints"),
+        (_miscount_evictable_bytes, "evictable bytes of others"),
+        (_miscount_evictable_checkpoint_bytes, "evictable bytes of checkpoints"),
         (_miscount_hot_blocks, "hot blocks"),
     ],
 )
 def test_check_names_what_is_broken(damage: Callable[[BlockPool], None], named: str) -> None:
-    pool = BlockPool(initial_blocks=4)
+    pool = BlockPool(initial_blocks=8)
     cache(pool, "a")
     hold(pool, "b")
+    cache(pool, "c", part=CHECKPOINT)
+    cache(pool, "d")
     pool.check()
     damage(pool)
     with pytest.raises(CacheInvariantError, match=named):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import pytest
@@ -12,6 +12,7 @@ from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_has
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.paged_cache import PagedCacheManager
+from omlx_core.cache.parts import CHECKPOINT, WINDOW, PartKey, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -48,6 +49,7 @@ def make_manager(
     hot_blocks: int | None = None,
     initial_blocks: int = 4,
     max_blocks: int | None = None,
+    checkpoint_share: float = 0.5,
     cold: FakeColdIndex | None = None,
 ) -> PagedCacheManager:
     return PagedCacheManager(
@@ -56,6 +58,7 @@ def make_manager(
         initial_blocks=initial_blocks,
         hot_max_bytes=None if hot_blocks is None else hot_blocks * BLOCK_BYTES,
         max_blocks=max_blocks,
+        checkpoint_share=checkpoint_share,
         cold=cold,
     )
 
@@ -90,7 +93,7 @@ def num_cached_tokens(manager: PagedCacheManager, token_ids: Sequence[int], extr
 
 
 def eviction_order(manager: PagedCacheManager) -> list[BlockHash | None]:
-    return [block.block_hash for block in manager._pool._cached]
+    return [block.block_hash for block in manager._pool.eviction_order()]
 
 
 def in_thread(action: Callable[[], None]) -> None:
@@ -511,6 +514,196 @@ def test_making_room_never_evicts_the_block_that_is_being_committed() -> None:
     manager.check()
 
 
+# Parts, and the checkpoints' share.
+
+
+def commit_checkpoint(
+    manager: PagedCacheManager, table: BlockTable, position: int, num_blocks: int = 1, *, in_cold_tier: bool = False
+) -> bool:
+    """Publish a checkpoint that is as large as so many blocks."""
+    key = PartKey(position, CHECKPOINT)
+    return manager.commit_part(table, key, payload_of(num_blocks * BLOCK_BYTES), in_cold_tier=in_cold_tier)
+
+
+def hold_parts(
+    manager: PagedCacheManager, token_ids: Sequence[int], checkpoints: Mapping[int, int], windows: Sequence[int] = ()
+) -> BlockTable:
+    """Run a request up to its end; `checkpoints` has the size of each in blocks, by its position."""
+    table = hold(manager, token_ids)
+    for position, num_blocks in checkpoints.items():
+        assert commit_checkpoint(manager, table, position, num_blocks)
+    for position in windows:
+        assert manager.commit_part(table, PartKey(position, WINDOW), payload_of())
+    return table
+
+
+def store_parts(
+    manager: PagedCacheManager, token_ids: Sequence[int], checkpoints: Mapping[int, int], windows: Sequence[int] = ()
+) -> None:
+    manager.free_block_table(hold_parts(manager, token_ids, checkpoints, windows))
+    manager.check()
+
+
+def eviction_names(manager: PagedCacheManager, *sequences: Sequence[int]) -> str:
+    """What would be evicted, in order: ``r``, ``w`` or ``c`` for the part, the first token, the position."""
+    names: dict[BlockHash | None, str] = {}
+    for token_ids in sequences:
+        for position, block_hash in enumerate(hashes_of(token_ids)):
+            names[block_hash] = f"r{token_ids[0]}{position}"
+            for part in (WINDOW, CHECKPOINT):
+                names[hash_part(block_hash, part)] = f"{part[0]}{token_ids[0]}{position}"
+    return " ".join(names[block_hash] for block_hash in eviction_order(manager))
+
+
+def has_checkpoint(manager: PagedCacheManager, token_ids: Sequence[int], position: int) -> bool:
+    return manager.has_payload(hash_part(hashes_of(token_ids)[position], CHECKPOINT))
+
+
+def test_parts_leave_just_before_their_block() -> None:
+    manager = make_manager()
+    store_parts(manager, [1] * 8, {1: 1, 3: 1}, windows=[0, 2, 3])
+    assert eviction_names(manager, [1] * 8) == "w13 c13 r13 w12 r12 c11 r11 w10 r10"
+
+
+def test_what_is_left_of_a_shortened_sequence_can_still_be_restored() -> None:
+    manager = make_manager(hot_blocks=8)
+    store_parts(manager, [1] * 8, {1: 2, 3: 2})
+    store(manager, [2] * 8)
+    assert eviction_names(manager, [1] * 8, [2] * 8) == "c11 r11 r10 r23 r22 r21 r20"
+    table = manager.get_computed_blocks([1] * 8)
+    assert table.num_tokens == 4
+    assert manager.acquire_parts(table, [PartKey(1, CHECKPOINT)])
+
+
+def test_truncating_lets_go_of_the_parts_of_the_blocks_that_go() -> None:
+    manager = make_manager()
+    table = hold_parts(manager, [1] * 8, {0: 1, 1: 1, 3: 1})
+    manager.truncate(table, 1)
+    assert eviction_names(manager, [1] * 8) == "c13 r13 r12 c11 r11"
+    assert list(table.parts) == [PartKey(0, CHECKPOINT)]
+    manager.check()
+
+
+def test_a_checkpoint_beyond_the_share_evicts_the_least_recently_used_checkpoint_and_no_rows() -> None:
+    manager = make_manager(hot_blocks=12)
+    for token in (1, 2, 3):
+        store_parts(manager, [token] * 2, {0: 2})
+    assert eviction_names(manager, [1, 1], [2, 2], [3, 3]) == "c10 r10 c20 r20 c30 r30"
+    table = manager.get_computed_blocks([1, 1])
+    assert manager.acquire_parts(table, [PartKey(0, CHECKPOINT)])
+    manager.free_block_table(table)
+    store_parts(manager, [4, 4], {0: 1})
+    assert eviction_names(manager, [1, 1], [2, 2], [3, 3], [4, 4]) == "r20 c30 r30 c10 r10 c40 r40"
+    stats = manager.stats()
+    assert (stats.evictions, stats.hot_bytes, stats.checkpoint_bytes) == (1, 9 * BLOCK_BYTES, 5 * BLOCK_BYTES)
+
+
+def test_a_flood_of_checkpoints_leaves_the_rows_of_others() -> None:
+    manager = make_manager(hot_blocks=40)
+    store(manager, [1] * 32)
+    for token in (2, 3, 4, 5):
+        store_parts(manager, [token] * 2, {0: 10})
+    assert num_cached_tokens(manager, [1] * 32) == 32
+    assert [has_checkpoint(manager, [token] * 2, 0) for token in (2, 3, 4, 5)] == [False, False, True, True]
+    assert (manager.stats().hot_bytes, manager.stats().evictions) == (40 * BLOCK_BYTES, 2)
+
+
+def test_a_flood_of_rows_takes_a_checkpoint_only_in_its_turn() -> None:
+    manager = make_manager(hot_blocks=10)
+    store(manager, [1] * 8)
+    store_parts(manager, [2] * 2, {0: 2})
+    sequences = ([1] * 8, [2] * 2, [3] * 8, [4] * 4, [5] * 2)
+    left = []
+    for token_ids in sequences[2:]:
+        store(manager, token_ids)
+        left.append(eviction_names(manager, *sequences))
+    assert left == [
+        "r12 r11 r10 c20 r20 r33 r32 r31 r30",
+        "r10 c20 r20 r33 r32 r31 r30 r41 r40",
+        "c20 r20 r33 r32 r31 r30 r41 r40 r50",
+    ]
+    store(manager, [6] * 2)
+    assert not has_checkpoint(manager, [2] * 2, 0)
+    assert num_cached_tokens(manager, [2] * 2) == 2
+
+
+def test_a_checkpoint_within_the_share_evicts_the_least_recently_used_of_all() -> None:
+    manager = make_manager(hot_blocks=8)
+    store(manager, [1] * 6)
+    store_parts(manager, [2] * 2, {0: 1})
+    store_parts(manager, [3] * 2, {0: 3})
+    assert eviction_names(manager, [1] * 6, [2] * 2, [3] * 2) == "r11 r10 c20 r20 c30 r30"
+
+
+def test_a_checkpoint_may_evict_checkpoints_for_the_share_and_then_rows_for_the_budget() -> None:
+    manager = make_manager(hot_blocks=10)
+    store(manager, [1] * 12)
+    store_parts(manager, [2] * 2, {0: 2})
+    store_parts(manager, [3] * 2, {0: 4})
+    assert eviction_names(manager, [1] * 12, [2] * 2, [3] * 2) == "r13 r12 r11 r10 r20 c30 r30"
+
+
+def test_a_checkpoint_larger_than_the_share_is_not_kept_and_evicts_nothing() -> None:
+    manager = make_manager(hot_blocks=10)
+    store_parts(manager, [1] * 2, {0: 5})
+    table = hold(manager, [2] * 2)
+    assert not commit_checkpoint(manager, table, 0, 6)
+    assert (table.parts, manager.stats().evictions) == ({}, 0)
+    assert has_checkpoint(manager, [1] * 2, 0)
+    manager.check()
+
+
+def test_a_share_full_of_held_checkpoints_refuses_until_they_are_let_go() -> None:
+    manager = make_manager(hot_blocks=10)
+    holder = hold_parts(manager, [1] * 2, {0: 3})
+    store_parts(manager, [2] * 2, {0: 2})
+    table = hold(manager, [3] * 2)
+    assert not commit_checkpoint(manager, table, 0, 3)
+    assert has_checkpoint(manager, [2] * 2, 0)
+    assert commit_checkpoint(manager, table, 0, 3, in_cold_tier=True)
+    assert table.parts[PartKey(0, CHECKPOINT)].payload is None
+    assert manager.stats().evictions == 0
+    manager.free_block_table(holder)
+    assert commit_checkpoint(manager, table, 0, 3)
+    assert [has_checkpoint(manager, [token] * 2, 0) for token in (1, 2, 3)] == [False, False, True]
+    manager.check()
+
+
+def test_a_checkpoint_read_from_the_cold_tier_is_kept_within_the_share() -> None:
+    checkpoints = [hash_part(hashes_of([token] * 2)[0], CHECKPOINT) for token in (1, 2)]
+    manager = make_manager(hot_blocks=10, cold=FakeColdIndex(checkpoints))
+    store_parts(manager, [3] * 2, {0: 1})
+    for token, num_blocks in ((1, 5), (2, 6)):
+        table = hold(manager, [token] * 2)
+        assert manager.acquire_parts(table, [PartKey(0, CHECKPOINT)])
+        manager.promote(table.parts[PartKey(0, CHECKPOINT)], payload_of(num_blocks * BLOCK_BYTES))
+        manager.free_block_table(table)
+        manager.check()
+    assert eviction_names(manager, [1] * 2, [2] * 2, [3] * 2) == "r30 c10 r10 r20"
+    assert (manager.stats().promotions, manager.stats().checkpoint_bytes) == (1, 5 * BLOCK_BYTES)
+
+
+def test_windows_are_rows_to_the_share() -> None:
+    manager = make_manager(hot_blocks=5, checkpoint_share=0.2)
+    store_parts(manager, [1] * 4, {0: 1}, windows=[0, 1])
+    assert eviction_names(manager, [1] * 4) == "w11 r11 w10 c10 r10"
+
+
+@pytest.mark.parametrize(("checkpoint_share", "num_kept"), [(1.0, 9), (0.5, 5), (0.1, 1), (0.09, 0)])
+def test_the_share_bounds_checkpoints_to_the_byte(checkpoint_share: float, num_kept: int) -> None:
+    manager = make_manager(hot_blocks=10, checkpoint_share=checkpoint_share)
+    table = hold(manager, [1] * 2)
+    kept = [commit_checkpoint(manager, table, 0, size) for size in range(10, 0, -1)]
+    assert kept.count(True) == num_kept
+
+
+def test_without_a_budget_there_is_no_share() -> None:
+    manager = make_manager(checkpoint_share=0.01)
+    for token in range(20):
+        store_parts(manager, [token] * 2, {0: 50})
+    assert (manager.stats().evictions, manager.stats().checkpoint_bytes) == (0, 20 * 50 * BLOCK_BYTES)
+
+
 # Growth.
 
 
@@ -753,7 +946,7 @@ def test_a_block_evicted_during_the_match_ends_it_there() -> None:
 
 def test_the_pool_is_touched_under_the_lock_only() -> None:
     cold = FakeColdIndex(hashes_of([1, 2]))
-    manager = make_manager(hot_blocks=2, cold=cold)
+    manager = make_manager(hot_blocks=4, cold=cold)
     pool, touched = manager._pool, set()
 
     class WatchedPool:
@@ -762,7 +955,7 @@ def test_the_pool_is_touched_under_the_lock_only() -> None:
             touched.add(name)
             return getattr(pool, name)
 
-    manager._pool = cast(BlockPool, WatchedPool())
+    manager._pool = manager._budget._pool = cast(BlockPool, WatchedPool())
     table = manager.get_computed_blocks([1, 2, 3])
     manager.promote(table.blocks[0], payload_of())
     manager.append_tokens(table, [3])
@@ -776,10 +969,12 @@ def test_the_pool_is_touched_under_the_lock_only() -> None:
     manager.truncate(fork, 1)
     manager.free_block_table(table)
     manager.free_block_table(fork)
-    store(manager, [9, 9])
+    store_parts(manager, [9, 9], {0: 1})
+    store_parts(manager, [8, 8], {0: 2})
     manager.stats()
     manager.check()
-    assert {"allocate", "acquire", "release", "register", "attach", "get", "evict_least_recently_used"} <= touched
+    changes = {"allocate", "acquire", "release", "register", "attach", "evict_least_recently_used", "evict_checkpoint"}
+    assert {"get", *changes} <= touched
 
 
 def test_many_threads_leave_the_counts_right() -> None:

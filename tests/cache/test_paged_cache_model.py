@@ -17,13 +17,14 @@ from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_has
 from omlx_core.cache.block_pool import CacheBlock
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.paged_cache import PagedCacheManager
+from omlx_core.cache.parts import CHECKPOINT, PARTS, ROWS, Part, PartKey, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockPoolExhaustedError
 
 NAMESPACE = hash_namespace({"model": "tiny"})
 
-Identity = tuple[tuple[str, ...], tuple[int, ...]]
-"""The extra keys, and all tokens up to the end of the block."""
+Identity = tuple[tuple[str, ...], tuple[int, ...], Part]
+"""The extra keys, all tokens up to the end of the block, and what of the block it is."""
 
 
 class ModelExhaustedError(Exception):
@@ -37,6 +38,10 @@ class ModelBlock:
     identity: Identity | None = None
     is_hot: bool = False
 
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.identity is not None and self.identity[2] == CHECKPOINT
+
 
 @dataclass(eq=False)
 class ModelTable:
@@ -44,19 +49,29 @@ class ModelTable:
     token_ids: list[int] = field(default_factory=list)
     blocks: list[ModelBlock] = field(default_factory=list)
     num_committed: int = 0
+    parts: dict[PartKey, ModelBlock] = field(default_factory=dict)
 
 
 def content_of(identity: Identity) -> bytes:
     """Bytes that no other identity has, of one of three sizes."""
-    _, token_ids = identity
-    return repr(identity).encode().ljust(100 + 20 * (sum(token_ids) % 3), b".")
+    _, token_ids, part = identity
+    smallest = 120 if part == CHECKPOINT else 100
+    return repr(identity).encode().ljust(smallest + 20 * (sum(token_ids) % 3), b".")
 
 
 class Model:
-    def __init__(self, block_size: int, num_blocks: int, hot_max_bytes: int | None, max_blocks: int | None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        num_blocks: int,
+        hot_max_bytes: int | None,
+        max_checkpoint_bytes: int | None,
+        max_blocks: int | None,
+    ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks if max_blocks is None else min(num_blocks, max_blocks)
         self.hot_max_bytes = hot_max_bytes
+        self.max_checkpoint_bytes = max_checkpoint_bytes
         self.max_blocks = max_blocks
         self.cold: set[Identity] = set()
         self.used: list[ModelBlock] = []  # held or cached
@@ -81,16 +96,28 @@ class Model:
         self.used.append(block := ModelBlock())
         return block
 
-    def evict(self) -> None:
-        self.used.remove(self.cached.pop(0))
+    def evict(self, block: ModelBlock | None = None) -> None:
+        block = self.cached[0] if block is None else block
+        self.cached.remove(block)
+        self.used.remove(block)
         self.evictions += 1
 
-    def make_room(self, size_bytes: int) -> bool:
-        if self.hot_max_bytes is None:
+    def checkpoints(self) -> list[ModelBlock]:
+        return [block for block in self.used if block.is_checkpoint]
+
+    def make_room(self, identity: Identity) -> bool:
+        size_bytes = len(content_of(identity))
+        if self.hot_max_bytes is None or self.max_checkpoint_bytes is None:
             return True
         held = [block for block in self.used if block.ref_count]
         if self.hot_bytes(held) + size_bytes > self.hot_max_bytes:
             return False
+        if identity[2] == CHECKPOINT:
+            held = [block for block in held if block.is_checkpoint]
+            if self.hot_bytes(held) + size_bytes > self.max_checkpoint_bytes:
+                return False
+            while self.hot_bytes(self.checkpoints()) + size_bytes > self.max_checkpoint_bytes:
+                self.evict(next(block for block in self.cached if block.is_checkpoint))
         while self.hot_bytes() + size_bytes > self.hot_max_bytes:
             self.evict()
         return True
@@ -109,7 +136,7 @@ class Model:
 
     def identities(self, extra_keys: tuple[str, ...], token_ids: Sequence[int]) -> list[Identity]:
         ends = range(self.block_size, len(token_ids) + 1, self.block_size)
-        return [(extra_keys, tuple(token_ids[:end])) for end in ends]
+        return [(extra_keys, tuple(token_ids[:end]), ROWS) for end in ends]
 
     def match(self, extra_keys: tuple[str, ...], token_ids: Sequence[int]) -> ModelTable:
         table = ModelTable(extra_keys)
@@ -172,33 +199,73 @@ class Model:
         return True
 
     def commit(self, table: ModelTable, identity: Identity, *, in_cold_tier: bool) -> bool:
-        published, size_bytes = self.find(identity), len(content_of(identity))
+        published = self.find(identity)
         is_hot = published is not None and published.is_hot
-        if not is_hot and not in_cold_tier and not self.make_room(size_bytes):
+        if not is_hot and not in_cold_tier and not self.make_room(identity):
             return False
         try:
             block = self.publish(table, identity)
         except ModelExhaustedError:
             return False
-        block.is_hot = block.is_hot or self.make_room(size_bytes)
+        block.is_hot = block.is_hot or self.make_room(identity)
+        return True
+
+    def part_of(self, table: ModelTable, key: PartKey) -> Identity:
+        extra_keys, token_ids, _ = self.identities(table.extra_keys, table.token_ids)[key.position]
+        return extra_keys, token_ids, key.part
+
+    def acquire_part(self, table: ModelTable, key: PartKey) -> bool:
+        identity = self.part_of(table, key)
+        block = self.find(identity)
+        if block is not None:
+            self.acquire(block)
+        elif identity in self.cold:
+            try:
+                block = self.allocate()
+            except ModelExhaustedError:
+                return False
+            block.num_tokens, block.identity = self.block_size, identity
+        else:
+            return False
+        table.parts[key] = block
+        return True
+
+    def commit_part(self, table: ModelTable, key: PartKey, *, in_cold_tier: bool) -> bool:
+        identity = self.part_of(table, key)
+        block = self.find(identity)
+        is_hot = block is not None and block.is_hot
+        if not is_hot and not in_cold_tier and not self.make_room(identity):
+            return False
+        if block is None:
+            try:
+                block = self.allocate()
+            except ModelExhaustedError:
+                return False
+            block.identity = identity
+        elif key not in table.parts:
+            self.acquire(block)
+        table.parts[key] = block
+        block.is_hot = block.is_hot or self.make_room(identity)
         return True
 
     def promote(self, block: ModelBlock) -> None:
-        if block.identity is not None and not block.is_hot and self.make_room(len(content_of(block.identity))):
+        if block.identity is not None and not block.is_hot and self.make_room(block.identity):
             block.is_hot = True
             self.promotions += 1
 
     def truncate(self, table: ModelTable, num_blocks: int) -> None:
-        for block in table.blocks[num_blocks:][::-1]:
-            self.release(block)
+        for position in range(len(table.blocks) - 1, num_blocks - 1, -1):
+            for key in sorted((key for key in table.parts if key.position == position), reverse=True):
+                self.release(table.parts.pop(key))
+            self.release(table.blocks[position])
         del table.blocks[num_blocks:]
         del table.token_ids[num_blocks * self.block_size :]
         table.num_committed = min(table.num_committed, num_blocks)
 
     def fork(self, table: ModelTable) -> ModelTable:
-        for block in table.blocks:
+        for block in (*table.blocks, *table.parts.values()):
             block.ref_count += 1
-        return ModelTable(table.extra_keys, [*table.token_ids], [*table.blocks], table.num_committed)
+        return ModelTable(table.extra_keys, [*table.token_ids], [*table.blocks], table.num_committed, dict(table.parts))
 
 
 @dataclass(eq=False)
@@ -228,6 +295,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
         initial_blocks=st.integers(1, 4),
         hot_max_bytes=st.sampled_from([None, 420, 700, 290, 110]),
         max_blocks=st.sampled_from([None, None, 16, 8, 3]),
+        checkpoint_share=st.sampled_from([0.5, 0.3, 0.9, 1.0]),
         has_cold_tier=mostly,
         stored_by_an_earlier_process=st.lists(prompts, max_size=3),
     )
@@ -237,13 +305,17 @@ class PagedCacheMachine(RuleBasedStateMachine):
         initial_blocks: int,
         hot_max_bytes: int | None,
         max_blocks: int | None,
+        checkpoint_share: float,
         has_cold_tier: bool,
         stored_by_an_earlier_process: list[list[int]],
     ) -> None:
-        self.model = Model(block_size, initial_blocks, hot_max_bytes, max_blocks)
+        max_checkpoint_bytes = None if hot_max_bytes is None else int(hot_max_bytes * checkpoint_share)
+        self.model = Model(block_size, initial_blocks, hot_max_bytes, max_checkpoint_bytes, max_blocks)
         if has_cold_tier:
             for token_ids in stored_by_an_earlier_process:
-                self.model.cold.update(self.model.identities((), token_ids))
+                identities = self.model.identities((), token_ids)
+                self.model.cold.update(identities)
+                self.model.cold.update((extra_keys, tokens, CHECKPOINT) for extra_keys, tokens, _ in identities[-1:])
         self.has_cold_tier = has_cold_tier
         self.manager = PagedCacheManager(
             NAMESPACE,
@@ -251,6 +323,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
             initial_blocks=initial_blocks,
             hot_max_bytes=hot_max_bytes,
             max_blocks=max_blocks,
+            checkpoint_share=checkpoint_share,
             cold=self if has_cold_tier else None,
         )
         self.live: list[Request] = []
@@ -259,9 +332,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
         return block_hash in {self.hash_of(identity) for identity in self.model.cold}
 
     def hash_of(self, identity: Identity) -> BlockHash:
-        extra_keys, token_ids = identity
+        extra_keys, token_ids, part = identity
         *_, last = iter_block_hashes(NAMESPACE, token_ids, self.model.block_size, extra_keys)
-        return last
+        return last if part == ROWS else hash_part(last, part)
 
     def payload_of(self, identity: Identity) -> BlockPayload:
         content = content_of(identity)
@@ -293,6 +366,8 @@ class PagedCacheMachine(RuleBasedStateMachine):
             self.promote(request)
         self.append(request, token_ids[len(request.model.token_ids) :])
         self.commit(request, is_accepted_by_cold_tier, shares=True)
+        if request.model.num_committed:
+            self.commit_part(request, PartKey(request.model.num_committed - 1, CHECKPOINT), is_accepted_by_cold_tier)
         return request
 
     @rule(
@@ -351,10 +426,36 @@ class PagedCacheMachine(RuleBasedStateMachine):
 
     @rule(request=requests)
     def promote(self, request: Request) -> None:
-        for real, model in zip(request.real.blocks, request.model.blocks, strict=True):
+        pairs = list(zip(request.real.blocks, request.model.blocks, strict=True))
+        pairs += [(request.real.parts[key], model) for key, model in request.model.parts.items()]
+        for real, model in pairs:
             if model.identity is not None:
                 self.manager.promote(real, self.payload_of(model.identity))
                 self.model.promote(model)
+
+    @rule(request=requests, position=st.integers(0, 3), part=st.sampled_from(PARTS), is_accepted_by_cold_tier=mostly)
+    def keep_part(self, request: Request, position: int, part: Part, is_accepted_by_cold_tier: bool) -> None:
+        if position < request.model.num_committed:
+            self.commit_part(request, PartKey(position, part), is_accepted_by_cold_tier)
+
+    def commit_part(self, request: Request, key: PartKey, is_accepted_by_cold_tier: bool) -> None:
+        in_cold_tier = self.has_cold_tier and is_accepted_by_cold_tier
+        identity = self.model.part_of(request.model, key)
+        if in_cold_tier:
+            self.model.cold.add(identity)
+        is_published = self.model.commit_part(request.model, key, in_cold_tier=in_cold_tier)
+        payload = self.payload_of(identity)
+        assert self.manager.commit_part(request.real, key, payload, in_cold_tier=in_cold_tier) == is_published
+
+    @rule(request=requests, position=st.integers(0, 3), part=st.sampled_from(PARTS), promotes=mostly)
+    def acquire_part(self, request: Request, position: int, part: Part, promotes: bool) -> None:
+        key = PartKey(position, part)
+        if position >= request.model.num_committed or key in request.model.parts:
+            return
+        is_found = self.model.acquire_part(request.model, key)
+        assert self.manager.acquire_parts(request.real, [key]) == is_found
+        if promotes:
+            self.promote(request)
 
     @rule(target=requests, request=requests, token_ids=prompts, original_writes=st.booleans())
     def fork(self, request: Request, token_ids: list[int], original_writes: bool) -> Request:
@@ -388,6 +489,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
             assert request.real.num_committed == request.model.num_committed
             for real, model in zip(request.real.blocks, request.model.blocks, strict=True):
                 assert pairs.setdefault(real, model) is model
+            assert request.real.parts.keys() == request.model.parts.keys()
+            for key, real in request.real.parts.items():
+                assert pairs.setdefault(real, request.model.parts[key]) is request.model.parts[key]
             assert [block.block_hash is not None for block in request.real.blocks] == [
                 position < request.model.num_committed for position in range(len(request.real.blocks))
             ]
@@ -398,14 +502,14 @@ class PagedCacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def eviction_order_is_equal_with_leaves_before_their_parents(self) -> None:
-        cached = list(self.manager._pool._cached)
+        cached = list(self.manager._pool.eviction_order())
         for real, model in zip(cached, self.model.cached, strict=True):
             self.blocks_are_equal(real, model)
         hashes = [block.block_hash for block in cached]
         for position, block in enumerate(self.model.cached):
             assert block.identity is not None
-            extra_keys, token_ids = block.identity
-            parent = (extra_keys, token_ids[: -self.model.block_size])
+            extra_keys, token_ids, part = block.identity
+            parent = (extra_keys, token_ids[: -self.model.block_size] if part == ROWS else token_ids, ROWS)
             if parent[1] and not self.has_cold_tier:
                 assert self.model.find(parent) is not None
             assert not parent[1] or self.hash_of(parent) not in hashes[:position]
@@ -419,6 +523,8 @@ class PagedCacheMachine(RuleBasedStateMachine):
         assert (stats.hot_bytes, stats.hot_blocks) == (model.hot_bytes(), sum(block.is_hot for block in model.used))
         assert (stats.evictions, stats.promotions) == (model.evictions, model.promotions)
         assert stats.cow_copies == model.cow_copies
+        assert stats.checkpoint_bytes == model.hot_bytes(model.checkpoints())
+        assert model.max_checkpoint_bytes is None or stats.checkpoint_bytes <= model.max_checkpoint_bytes
         assert model.hot_max_bytes is None or stats.hot_bytes <= model.hot_max_bytes
         assert model.max_blocks is None or stats.num_blocks <= model.max_blocks
 

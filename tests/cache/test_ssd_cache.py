@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -573,15 +574,34 @@ def test_a_file_that_can_be_read_again_is_found_again(cache, save, make_hash, mo
     assert cache.has_block(make_hash(1))
 
 
-def test_a_file_of_a_newer_version_is_a_miss_and_stays(cache, save, make_hash, directory) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_file_of_another_version_is_a_miss_and_stays(cache, save, make_hash, directory, version: int) -> None:
     save(cache, 1)
     path = block_path(directory, NAMESPACE, make_hash(1))
-    newer = path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"')
-    path.write_bytes(newer)
+    other = path.read_bytes().replace(b'"format_version":"2"', f'"format_version":"{version}"'.encode())
+    path.write_bytes(other)
     assert cache.load_block(make_hash(1), TOKENS) is None
     assert cache.flush(WAIT_S)
     assert not cache.has_block(make_hash(1))
-    assert path.read_bytes() == newer
+    assert path.read_bytes() == other
+
+
+def test_a_file_of_an_older_version_is_replaced_when_its_block_is_computed_again(
+    open_cache, save, make_hash, directory
+) -> None:
+    cache = open_cache()
+    save(cache, 1)
+    cache.close()
+    path = block_path(directory, NAMESPACE, make_hash(1))
+    path.write_bytes(path.read_bytes().replace(b'"format_version":"2"', b'"format_version":"1"'))
+    connection = sqlite3.connect(directory / "index.sqlite3")
+    connection.execute("PRAGMA user_version=1")
+    connection.close()
+    cache = open_cache()
+    assert cache.stats().num_blocks == 0
+    assert save(cache, 1)
+    assert cache.load_block(make_hash(1), TOKENS) is not None
+    assert cache.check().is_clean
 
 
 def test_a_failing_database_is_a_miss(cache, save, make_hash) -> None:

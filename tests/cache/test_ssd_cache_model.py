@@ -1,7 +1,7 @@
 """The SSD tier against a dictionary, in any order of operations, by three managers in one folder.
 
 The model knows a block by its namespace and number and keeps, of the real thing, only what decides who is evicted:
-size, depth, and a logical time of last use.
+size, depth, part, and a logical time of last use.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ssd_audit import audit_directory
 
 from omlx_core.cache.block_file import BlockIdentity, encode_block, encode_token_ids
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, hash_namespace
+from omlx_core.cache.parts import CHECKPOINT, ROWS, Part, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.ssd_check import FindingKind
@@ -26,19 +27,26 @@ from omlx_core.cache.ssd_layout import block_path
 
 WAIT_S = 30.0
 NUM_BLOCKS = 10
-MAX_SIZE_BYTES = 5_000  # between four and six files
+NUM_CHECKPOINTS = 6
+MAX_SIZE_BYTES = 6_000  # between five and seven files
+CHECKPOINT_SHARE = 0.4  # two or three
 NAMESPACES = [hash_namespace({"model": name}) for name in "AB"]
 OWNERS = [0, 0, 1]  # two managers share a namespace, the third has the other
 
 Key = tuple[int, int]
-"""A namespace and a number in its binary tree of blocks."""
+"""A namespace and a number in its binary tree of blocks; from `NUM_BLOCKS` on, checkpoints of its first blocks."""
 
-keys = st.tuples(st.integers(0, 1), st.integers(0, NUM_BLOCKS - 1))
 managers = st.integers(0, len(OWNERS) - 1)
-numbers = st.integers(0, NUM_BLOCKS - 1)
+numbers = st.integers(0, NUM_BLOCKS + NUM_CHECKPOINTS - 1)
+
+
+def part_of(key: Key) -> Part:
+    return ROWS if key[1] < NUM_BLOCKS else CHECKPOINT
 
 
 def parent_of(key: Key) -> Key | None:
+    if part_of(key) == CHECKPOINT:
+        return key[0], key[1] - NUM_BLOCKS
     return (key[0], (key[1] - 1) // 2) if key[1] else None
 
 
@@ -54,11 +62,13 @@ def depth_of(key: Key) -> int:
 
 
 def tokens_of(key: Key) -> list[int]:
-    return [key[1], 100_000]
+    return [key[1], 100_000] if part_of(key) == ROWS else []
 
 
 def hash_of(key: Key) -> BlockHash:
     parent = parent_of(key)
+    if parent is not None and part_of(key) == CHECKPOINT:
+        return hash_part(hash_of(parent), CHECKPOINT)
     return hash_block(NAMESPACES[key[0]] if parent is None else hash_of(parent), tokens_of(key))
 
 
@@ -75,11 +85,16 @@ def file_bytes(key: Key) -> int:
         None if parent is None else hash_of(parent),
         depth_of(key),
         encode_token_ids(tokens_of(key)),
+        part_of(key),
     )
     return encode_block(identity, payload_of(key)).size_bytes
 
 
-HASHES = {(namespace, number): hash_of((namespace, number)) for namespace in (0, 1) for number in range(NUM_BLOCKS)}
+HASHES = {
+    (namespace, number): hash_of((namespace, number))
+    for namespace in (0, 1)
+    for number in range(NUM_BLOCKS + NUM_CHECKPOINTS)
+}
 SIZES = {key: file_bytes(key) for key in HASHES}
 
 
@@ -99,6 +114,9 @@ class Model:
 
     def size_bytes(self) -> int:
         return sum(SIZES[key] for key in self.blocks)
+
+    def checkpoint_bytes(self) -> int:
+        return sum(SIZES[key] for key in self.blocks if part_of(key) == CHECKPOINT)
 
     def chain(self, key: Key) -> list[Key]:
         """The block, if it is there, and those before it up to the first that isn't."""
@@ -139,20 +157,32 @@ class Model:
         if parent is not None and parent not in self.blocks:
             return False
         self.use_before(key)
-        excess_bytes = self.size_bytes() + SIZES[key] - MAX_SIZE_BYTES
-        victims = []
-        for candidate in self.order():
-            if excess_bytes <= 0:
-                break
-            if candidate not in (self.chain(parent) if parent is not None else []):
-                victims.append(candidate)
-                excess_bytes -= SIZES[candidate]
-        if excess_bytes > 0:
+        kept = self.chain(parent) if parent is not None else []
+        victims: list[Key] = []
+        if part_of(key) == CHECKPOINT:
+            excess_bytes = self.checkpoint_bytes() + SIZES[key] - int(MAX_SIZE_BYTES * CHECKPOINT_SHARE)
+            candidates = [candidate for candidate in self.order() if part_of(candidate) == CHECKPOINT]
+            victims += self.first(candidates, excess_bytes)
+        excess_bytes = self.size_bytes() - sum(SIZES[victim] for victim in victims) + SIZES[key] - MAX_SIZE_BYTES
+        others = self.first([each for each in self.order() if each not in (*kept, *victims)], excess_bytes)
+        victims += others
+        if sum(SIZES[other] for other in others) < excess_bytes:
             return False
         for victim in victims:
             del self.blocks[victim]
         self.blocks[key] = ModelBlock(self.use_before(key))
         return True
+
+    @staticmethod
+    def first(candidates: list[Key], size_bytes: int) -> list[Key]:
+        """As many of them as it takes to free so much, or all."""
+        taken = []
+        for candidate in candidates:
+            if size_bytes <= 0:
+                break
+            taken.append(candidate)
+            size_bytes -= SIZES[candidate]
+        return taken
 
     def orphans(self) -> set[Key]:
         """Blocks whose parent was damaged: valid, and reachable again once that one is."""
@@ -170,6 +200,7 @@ class SSDCacheMachine(RuleBasedStateMachine):
         return PagedSSDCacheManager(
             self.directory,
             max_size_bytes=MAX_SIZE_BYTES,
+            checkpoint_share=CHECKPOINT_SHARE,
             namespace=NAMESPACES[namespace],
             description={"namespace": namespace},
         )
@@ -195,7 +226,12 @@ class SSDCacheMachine(RuleBasedStateMachine):
             parent = parent_of(key)
             parent_hash = None if parent is None else HASHES[parent]
             assert manager.save_block(
-                HASHES[key], parent_hash, tokens_of(key), payload_of(key), lambda *call: done.append(call)
+                HASHES[key],
+                parent_hash,
+                tokens_of(key),
+                payload_of(key),
+                lambda *call: done.append(call),
+                part=part_of(key),
             )
             assert manager.has_block(HASHES[key])
             assert manager.load_block(HASHES[key], tokens_of(key)) == payload_of(key)
@@ -250,19 +286,28 @@ class SSDCacheMachine(RuleBasedStateMachine):
         for manager in self.managers:
             assert manager.flush(WAIT_S)
         for manager, namespace in zip(self.managers, OWNERS, strict=True):
-            found = {number for number in range(NUM_BLOCKS) if manager.has_block(HASHES[namespace, number])}
+            found = {
+                number for number in range(NUM_BLOCKS + NUM_CHECKPOINTS) if manager.has_block(HASHES[namespace, number])
+            }
             assert found == {key[1] for key in self.model.blocks if key[0] == namespace}
         manager = self.managers[0]
         entries = sorted(manager.entries(), key=lambda e: (e.last_used, -e.depth, e.block_hash, e.namespace))
         names = {(NAMESPACES[key[0]], block_hash): key for key, block_hash in HASHES.items()}
         assert [names[entry.namespace, entry.block_hash] for entry in entries] == self.model.order()
         stats = manager.stats()
+        assert [entry.part for entry in entries] == [part_of(key) for key in self.model.order()]
         assert (stats.num_blocks, stats.size_bytes) == (len(self.model.blocks), self.model.size_bytes())
+        assert stats.checkpoint_bytes == self.model.checkpoint_bytes() <= MAX_SIZE_BYTES * CHECKPOINT_SHARE
         assert stats.size_bytes <= MAX_SIZE_BYTES
         findings = [(finding.kind, finding.path.stem) for finding in manager.check().findings]
         orphans = sorted(HASHES[key].hex() for key in self.model.orphans())
         assert sorted(findings) == [(FindingKind.MISSING_PARENT, name) for name in orphans]
-        audited = audit_directory(self.directory, max_size_bytes=MAX_SIZE_BYTES, hashes_are_of_tokens=True)
+        audited = audit_directory(
+            self.directory,
+            max_size_bytes=MAX_SIZE_BYTES,
+            checkpoint_share=CHECKPOINT_SHARE,
+            hashes_are_of_tokens=True,
+        )
         assert [finding for finding in audited if not finding.endswith("its parent is missing")] == []
         assert len(audited) == len(orphans)
 

@@ -11,7 +11,8 @@ import safetensors
 import safetensors.numpy
 
 from omlx_core.cache import ssd_budget, ssd_export
-from omlx_core.cache.block_hash import BlockHash, NamespaceHash, iter_block_hashes
+from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part, hash_part
 from omlx_core.cache.ssd_budget import SaveOutcome
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.ssd_export import ImportReport
@@ -51,6 +52,18 @@ def store(make_payload: Callable[..., Any]) -> Callable[..., list[BlockHash]]:
             tokens = tokens_of(token_ids, position)
             assert cache.save_block(block_hash, parent_hash, tokens, make_payload(tokens[-1], 200))
         return hashes
+
+    return save
+
+
+@pytest.fixture
+def store_part(make_payload: Callable[..., Any]) -> Callable[..., BlockHash]:
+    """Save a part of a block, or what pretends to be one."""
+
+    def save(cache: PagedSSDCacheManager, block_hash: BlockHash, part: Part, *, named: Part | None = None) -> BlockHash:
+        part_hash = hash_part(block_hash, named or part)
+        assert cache.save_block(part_hash, block_hash, (), make_payload(7, 100), part=part)
+        return part_hash
 
     return save
 
@@ -101,6 +114,32 @@ def test_a_prompt_is_exported_and_imported_elsewhere(source, open_target, path) 
     assert (stats.num_blocks, stats.blocks_written) == (3, 3)
     assert stats.bytes_written == stats.bytes_written_ever == report.bytes_written == stats.size_bytes
     assert target.check().is_clean
+
+
+def test_parts_are_exported_with_their_blocks_and_stay_what_they_are(source, open_target, store_part, path) -> None:
+    first, second, third = chain_of(PROMPT)
+    store_part(source, second, CHECKPOINT)
+    store_part(source, third, WINDOW)
+    assert source.export(path, block_hashes=[second]) == 3
+    assert source.export(path, token_ids=PROMPT) == 5
+    target = open_target()
+    assert target.import_(path).blocks_written == 5
+    assert {entry.block_hash: entry.part for entry in target.entries()} == {
+        **dict.fromkeys((first, second, third), ROWS),
+        hash_part(second, CHECKPOINT): CHECKPOINT,
+        hash_part(third, WINDOW): WINDOW,
+    }
+    assert target.stats().checkpoint_bytes == source.stats().checkpoint_bytes > 0
+    assert target.check().is_clean
+
+
+def test_a_prompt_is_found_in_a_folder_whose_oldest_entries_are_parts(open_cache, store, store_part, path) -> None:
+    cache = open_cache()
+    [*_, tip] = store(cache, PROMPT)
+    store_part(cache, tip, CHECKPOINT)
+    assert cache.flush()
+    assert next(cache.entries()).part == CHECKPOINT
+    assert cache.export(path, token_ids=PROMPT) == 4
 
 
 def test_importing_again_changes_nothing(source, open_target, path) -> None:
@@ -259,6 +298,43 @@ def test_a_block_that_does_not_follow_its_parent_is_refused(source, open_target,
     find = ssd_export._with_ancestors_and_parts
     monkeypatch.setattr(ssd_export, "_with_ancestors_and_parts", lambda *arguments: find(*arguments)[::-1])
     source.export(path, token_ids=PROMPT)
+    target = open_target()
+    with pytest.raises(CorruptBlockError, match="doesn't follow"):
+        target.import_(path)
+    assert target.stats().num_blocks == 0
+
+
+@pytest.mark.parametrize(("part", "named"), [(WINDOW, CHECKPOINT), (CHECKPOINT, WINDOW)])
+def test_a_part_that_is_not_what_its_name_says_is_refused(
+    source, open_target, store_part, path, monkeypatch, part: Part, named: Part
+) -> None:
+    store_part(source, chain_of(PROMPT)[2], part, named=named)
+    with pytest.raises(CorruptBlockError, match=f"is not the {part} of its parent"):
+        source.export(path, token_ids=PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd_export, "_verify_hash", lambda *arguments: None)
+        source.export(path, token_ids=PROMPT)
+    target = open_target()
+    with pytest.raises(CorruptBlockError, match=f"is not the {part} of its parent"):
+        target.import_(path)
+    assert target.stats().num_blocks == 0
+
+
+def test_a_checkpoint_that_pretends_to_be_rows_is_refused(source, store_part, path) -> None:
+    store_part(source, chain_of(PROMPT)[2], ROWS, named=CHECKPOINT)
+    with pytest.raises(InvalidRequestError, match="isn't named after its tokens"):
+        source.export(path, token_ids=PROMPT)
+
+
+def test_a_block_that_follows_a_checkpoint_is_refused(
+    source, open_target, store_part, path, make_payload, monkeypatch
+) -> None:
+    checkpoint = store_part(source, chain_of(PROMPT)[2], CHECKPOINT)
+    block_hash = hash_block(checkpoint, [1, 2, 3, 4])
+    assert source.save_block(block_hash, checkpoint, [1, 2, 3, 4], make_payload())
+    find = ssd_export._with_ancestors_and_parts
+    monkeypatch.setattr(ssd_export, "_with_ancestors_and_parts", lambda *args: list(dict.fromkeys(find(*args))))
+    source.export(path, block_hashes=[block_hash])
     target = open_target()
     with pytest.raises(CorruptBlockError, match="doesn't follow"):
         target.import_(path)

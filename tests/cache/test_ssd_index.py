@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from omlx_core.cache.block_file import BlockIdentity, encode_block, write_block_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_index import SSDIndex
 from omlx_core.cache.ssd_index_view import INDEX_NAME, SCHEMA_VERSION
@@ -23,7 +24,14 @@ NAMESPACE = NamespaceHash(b"n" * 32)
 OTHER = NamespaceHash(b"o" * 32)
 
 
-def entry(block_hash: BlockHash, parent: IndexEntry | None = None, *, last_used: int = 1, size: int = 10) -> IndexEntry:
+def entry(
+    block_hash: BlockHash,
+    parent: IndexEntry | None = None,
+    *,
+    last_used: int = 1,
+    size: int = 10,
+    part: Part = ROWS,
+) -> IndexEntry:
     return IndexEntry(
         NAMESPACE,
         block_hash,
@@ -32,6 +40,7 @@ def entry(block_hash: BlockHash, parent: IndexEntry | None = None, *, last_used:
         size,
         0.0,
         last_used,
+        part,
     )
 
 
@@ -74,6 +83,40 @@ def test_eviction_stops_once_enough_is_free_and_keeps_what_it_must(
         keep = index.ancestors(blocks[1])
         assert index.least_recently_used(11, keep) == [blocks[0], blocks[2]]
         assert index.least_recently_used(31, keep) is None
+
+
+def test_checkpoints_are_evicted_by_themselves_least_recently_used_and_deepest_first(
+    index: SSDIndex, make_hash: Callable[[object], BlockHash]
+) -> None:
+    root = entry(make_hash("root"))
+    child = entry(make_hash("child"), root)
+    window = entry(make_hash("window"), child, part=WINDOW)
+    checkpoints = [
+        entry(make_hash("unused"), child, last_used=0, part=CHECKPOINT),
+        entry(make_hash("deep"), child, part=CHECKPOINT),
+        entry(make_hash("shallow"), root, part=CHECKPOINT),
+    ]
+    insert(index, root, child, window, *checkpoints[::-1])
+    with index.transaction():
+        assert index.least_recently_used(21, only_checkpoints=True) == checkpoints
+        assert index.least_recently_used(10, only_checkpoints=True) == checkpoints[:1]
+        assert index.least_recently_used(0, only_checkpoints=True) == []
+        assert index.least_recently_used(31, only_checkpoints=True) is None
+
+
+@pytest.mark.parametrize(("only_checkpoints", "by_use"), [(False, "blocks_by_use"), (True, "checkpoints_by_use")])
+def test_who_leaves_first_is_read_off_an_index_whatever_the_number_of_blocks(
+    index: SSDIndex, make_hash: Callable[[object], BlockHash], only_checkpoints: bool, by_use: str
+) -> None:
+    insert(index, entry(make_hash(1)), entry(make_hash(2), part=CHECKPOINT))
+    statements: list[str] = []
+    with index.transaction():
+        index._connection.set_trace_callback(statements.append)
+        index.least_recently_used(10, only_checkpoints=only_checkpoints)
+        index._connection.set_trace_callback(None)
+        [statement] = statements
+        plan = index._connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+    assert [step[3] for step in plan] == [f"SCAN blocks USING INDEX {by_use}"]
 
 
 def test_touching_a_leaf_stamps_its_whole_chain_alike(
@@ -148,6 +191,32 @@ def test_totals_count_blocks_and_unpublished_files(index: SSDIndex, make_hash: C
     assert index.totals().size_bytes == 20
 
 
+def test_totals_count_checkpoints_apart(index: SSDIndex, make_hash: Callable[[object], BlockHash]) -> None:
+    insert(
+        index,
+        entry(make_hash(1), size=1),
+        entry(make_hash(2), size=2, part=CHECKPOINT),
+        entry(make_hash(3), size=4, part=CHECKPOINT),
+        entry(make_hash(4), size=8, part=WINDOW),
+    )
+    files = [
+        UnpublishedFile(OTHER, make_hash(5), "owner", 16, CHECKPOINT),
+        UnpublishedFile(OTHER, make_hash(6), "", 32),
+    ]
+    with index.transaction():
+        for file in files:
+            index.add_unpublished(file)
+        assert set(index.unpublished()) == set(files)
+        assert index.counted_totals() == (4, 63, 22)
+    assert (index.totals().size_bytes, index.totals().checkpoint_bytes) == (63, 22)
+    with index.transaction():
+        index.remove(NAMESPACE, make_hash(3))
+        index.remove(NAMESPACE, make_hash(4))
+        index.remove_unpublished(OTHER, make_hash(5), "owner")
+        assert index.counted_totals() == (2, 35, 2)
+    assert (index.totals().size_bytes, index.totals().checkpoint_bytes) == (35, 2)
+
+
 def test_a_failed_transaction_changes_nothing(index: SSDIndex, make_hash: Callable[[object], BlockHash]) -> None:
     with pytest.raises(BlockFileError, match="UNIQUE"):
         insert(index, entry(make_hash(1)), entry(make_hash(1)))
@@ -200,6 +269,21 @@ def test_an_index_of_a_newer_version_is_refused_and_kept(tmp_path: Path) -> None
     with pytest.raises(CacheDirectoryError, match="upgrade"):
         SSDIndex(tmp_path)
     assert (tmp_path / INDEX_NAME).read_bytes() == before
+
+
+def test_an_index_of_an_older_version_is_made_anew_from_the_files(
+    tmp_path: Path, make_hash: Callable[[object], BlockHash]
+) -> None:
+    connection = sqlite3.connect(tmp_path / INDEX_NAME)
+    connection.execute("CREATE TABLE blocks (namespace, hash, parent, depth, size_bytes, created_s, last_used)")
+    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
+    connection.close()
+    write_chain(tmp_path, [make_hash(1), make_hash(2)], written_s=[0, 0])
+    index = SSDIndex(tmp_path)
+    try:
+        assert eviction_order(index) == [make_hash(2), make_hash(1)]
+    finally:
+        index.close()
 
 
 def test_an_index_that_cannot_be_opened_is_a_typed_error(tmp_path: Path) -> None:

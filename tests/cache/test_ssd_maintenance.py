@@ -13,6 +13,7 @@ import pytest
 
 from omlx_core.cache import ssd_check, ssd_publisher
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import CHECKPOINT, WINDOW
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.ssd_check import CheckReport, FindingKind
 from omlx_core.cache.ssd_layout import UnpublishedFile, block_path, temporary_path
@@ -103,6 +104,11 @@ def break_row_depth(cache: Any, path: Path, block_hash: BlockHash) -> None:
     execute(cache, "UPDATE blocks SET depth = depth + 7 WHERE hash = ?", block_hash)
 
 
+def break_row_part(cache: Any, path: Path, block_hash: BlockHash) -> None:
+    execute(cache, "UPDATE totals SET checkpoint_bytes = (SELECT size_bytes FROM blocks WHERE hash = ?)", block_hash)
+    execute(cache, "UPDATE blocks SET part = 'checkpoint' WHERE hash = ?", block_hash)
+
+
 def break_row_lost(cache: Any, path: Path, block_hash: BlockHash) -> None:
     execute(cache, "DELETE FROM blocks WHERE hash = ?", block_hash)
 
@@ -118,6 +124,10 @@ def break_order(cache: Any, path: Path, block_hash: BlockHash) -> None:
 
 def break_totals(cache: Any, path: Path, block_hash: BlockHash) -> None:
     execute(cache, "UPDATE totals SET size_bytes = size_bytes - 1")
+
+
+def break_checkpoint_totals(cache: Any, path: Path, block_hash: BlockHash) -> None:
+    execute(cache, "UPDATE totals SET checkpoint_bytes = checkpoint_bytes + 1")
 
 
 def break_permissions(cache: Any, path: Path, block_hash: BlockHash) -> None:
@@ -148,9 +158,11 @@ DAMAGES = {
     break_row_lost_and_file_damaged: (FindingKind.STRAY_FILE, {"a", "ab", "x"}),
     break_row_size: (FindingKind.WRONG_ROW, {"a", "ab", "abc", "x"}),
     break_row_depth: (FindingKind.WRONG_ROW, {"a", "ab", "abc", "x"}),
+    break_row_part: (FindingKind.WRONG_ROW, {"a", "ab", "abc", "x"}),
     break_row_lost: (FindingKind.UNLISTED_BLOCK, {"a", "ab", "abc", "x"}),
     break_order: (FindingKind.WRONG_ORDER, {"a", "ab", "abc", "x"}),
     break_totals: (FindingKind.WRONG_TOTALS, {"a", "ab", "abc", "x"}),
+    break_checkpoint_totals: (FindingKind.WRONG_TOTALS, {"a", "ab", "abc", "x"}),
     break_permissions: (FindingKind.PERMISSIONS, {"a", "ab", "abc", "x"}),
     break_folder_permissions: (FindingKind.PERMISSIONS, {"a", "ab", "abc", "x"}),
     break_stray_temporary: (FindingKind.STRAY_FILE, {"a", "ab", "abc", "x"}),
@@ -206,8 +218,35 @@ def test_more_than_the_budget_is_found_and_evicted(chain, open_cache, save, make
     assert not smaller.has_block(make_hash("abc"))
 
 
+def test_checkpoints_beyond_their_share_are_found_and_evicted(chain, open_cache, save, make_hash) -> None:
+    size_bytes = 2 * chain.stats().size_bytes
+    smaller = open_cache(size=size_bytes, checkpoint_share=0.25)
+    assert smaller.flush(WAIT_S)
+    for name, parent in (("A", "a"), ("X", "x")):
+        assert save(chain, name, parent, part=CHECKPOINT, size_bytes=size_bytes // 8)
+    assert kinds(chain.check()) == []
+    assert kinds(smaller.check()) == [FindingKind.OVER_BUDGET]
+    repaired = smaller.check(repair=True)
+    assert [finding.is_repaired for finding in repaired.findings] == [True]
+    assert smaller.check().is_clean
+    assert [chain.has_block(make_hash(name)) for name in ("a", "x", "A", "X")] == [True, True, False, True]
+
+
+def test_parts_without_rows_are_entered_again_as_what_they_are(chain, save) -> None:
+    assert save(chain, "W", "a", part=WINDOW)
+    assert save(chain, "A", "a", part=CHECKPOINT)
+    before = {entry.block_hash: entry.part for entry in chain.entries()}
+    checkpoint_bytes = chain.stats().checkpoint_bytes
+    execute(chain, "DELETE FROM blocks")
+    assert chain.stats().checkpoint_bytes == 0
+    chain.check(repair=True)
+    assert {entry.block_hash: entry.part for entry in chain.entries()} == before
+    assert chain.stats().checkpoint_bytes == checkpoint_bytes > 0
+    assert chain.check().is_clean
+
+
 def test_what_cannot_be_read_is_found_and_left_alone(chain, path_of, held) -> None:
-    newer = path_of("x").read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"')
+    newer = path_of("x").read_bytes().replace(b'"format_version":"2"', b'"format_version":"3"')
     path_of("x").write_bytes(newer)
     report = chain.check(repair=True)
     assert [(finding.kind, finding.is_repaired) for finding in report.findings] == [
@@ -217,7 +256,7 @@ def test_what_cannot_be_read_is_found_and_left_alone(chain, path_of, held) -> No
 
 
 def test_files_of_other_names_and_versions_are_nobodys_business(chain, path_of, make_hash, directory) -> None:
-    newer = path_of("x").read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"')
+    newer = path_of("x").read_bytes().replace(b'"format_version":"2"', b'"format_version":"3"')
     path_of("x").write_bytes(newer)
     execute(chain, "DELETE FROM blocks WHERE hash = ?", make_hash("x"))
     (directory / "notes.txt").write_text("mine")
@@ -381,6 +420,13 @@ def test_clear_removes_one_namespace_only(chain, open_cache, save, make_hash) ->
     assert chain.clear(NAMESPACE) == 4
     assert other.has_block(make_hash("o"))
     assert not chain.has_block(make_hash("a"))
+
+
+def test_clear_takes_checkpoints_off_the_totals(chain, save) -> None:
+    assert save(chain, "A", "a", part=CHECKPOINT)
+    assert chain.clear() == 5
+    assert chain.stats().checkpoint_bytes == 0
+    assert chain.check().is_clean
 
 
 def test_clear_keeps_the_ancestors_of_what_is_younger(chain, make_hash, held) -> None:

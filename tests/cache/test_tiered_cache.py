@@ -13,7 +13,7 @@ from omlx_core.cache.block_hash import BlockHash, hash_namespace, iter_block_has
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
-from omlx_core.cache.parts import WINDOW, PartKey, PrefixContent, hash_part
+from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
@@ -33,6 +33,7 @@ class FakeColdTier:
         self.blocks: dict[BlockHash, tuple[tuple[int, ...], BlockPayload]] = {}
         self.parents: dict[BlockHash, BlockHash | None] = {}
         self.saved: list[BlockHash] = []
+        self.kinds: dict[BlockHash, Part] = {}
         self.touched: list[list[BlockHash]] = []
         self.unreadable: set[BlockHash] = set()
         self.refused: set[BlockHash] = set()
@@ -52,12 +53,15 @@ class FakeColdTier:
         token_ids: Sequence[int],
         payload: BlockPayload,
         on_complete: Callable[[BlockHash, bool], None],
+        *,
+        part: Part = ROWS,
     ) -> bool:
         if block_hash in self.refused or len(self.queued) == self.queue_length:
             return False
         if self.queue_length is not None:
             self.queued.append(lambda: on_complete(block_hash, True))
         self.saved.append(block_hash)
+        self.kinds[block_hash] = part
         self.parents[block_hash] = parent_hash
         if parent_hash is None or parent_hash in self.blocks:
             self.blocks[block_hash] = tuple(token_ids), payload
@@ -822,6 +826,23 @@ def test_parts_that_a_full_queue_refused_are_written_later(cold: FakeColdTier) -
     blocks = hashes_of([1, 2, 3, 4])
     assert sorted(cold.saved) == sorted([*blocks, *(hash_part(block_hash, WINDOW) for block_hash in blocks)])
     assert cache.stats().hot.blocks_in_use == 0
+
+
+@pytest.mark.parametrize("queue_length", [None, 1])
+def test_the_ssd_tier_is_told_which_part_it_gets(cold: FakeColdTier, queue_length: int | None) -> None:
+    cold.queue_length = queue_length
+    cache = make_cache(cold)
+    request = Request.start(cache, [1, 2, 3])
+    request.compute()
+    store_with_windows(cache, request)
+    cache.store_part(request.table, PartKey(0, CHECKPOINT), payload_of([98, 1, 2]))
+    cache.release(request.table)
+    while cold.queued:
+        cold.write_one()
+        cache.retry_unsaved()
+    [block_hash] = hashes_of([1, 2])
+    parts = {hash_part(block_hash, part): part for part in (WINDOW, CHECKPOINT)}
+    assert cold.kinds == {block_hash: ROWS, **parts}
 
 
 def test_what_is_on_ssd_already_is_not_looked_up_again_for_each_block(cold: FakeColdTier) -> None:

@@ -36,11 +36,12 @@ import numpy as np
 import xxhash
 
 from omlx_core.cache.block_hash import HASH_SIZE_BYTES, BlockHash, NamespaceHash
+from omlx_core.cache.parts import PARTS, ROWS, Part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockFileError, CorruptBlockError
 
 FORMAT_NAME = "omlx-kv-block"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_SUFFIX = ".safetensors"
 
 _MAX_HEADER_BYTES = 16 * 1024**2
@@ -64,6 +65,7 @@ class BlockIdentity:
         parent_hash: the block before it; None for the first one of a chain.
         depth: number of blocks before it.
         token_ids: its tokens as little-endian uint32; see `encode_token_ids`.
+        part: what of a block it is; the parent of any part but the rows is the block itself.
     """
 
     namespace: NamespaceHash
@@ -71,6 +73,7 @@ class BlockIdentity:
     parent_hash: BlockHash | None
     depth: int
     token_ids: bytes
+    part: Part = ROWS
 
     @property
     def num_tokens(self) -> int:
@@ -129,6 +132,7 @@ def encode_block(identity: BlockIdentity, payload: BlockPayload) -> EncodedBlock
         "block_hash": identity.block_hash.hex(),
         "parent_hash": identity.parent_hash.hex() if identity.parent_hash is not None else "",
         "depth": str(identity.depth),
+        "part": identity.part,
         "num_tokens": str(identity.num_tokens),
         "token_ids": base64.b64encode(identity.token_ids).decode(),
     }
@@ -344,12 +348,16 @@ def _parse_identity(metadata: dict[str, Any]) -> BlockIdentity:
     parent = metadata["parent_hash"]
     if depth < 0 or (depth == 0) != (parent == ""):
         raise ValueError(f"depth {depth} with parent {parent!r}")
+    part = metadata["part"]
+    if part not in (ROWS, *PARTS):
+        raise ValueError(f"{part!r} is no part of a block")
     return BlockIdentity(
         namespace=NamespaceHash(_parse_hash(metadata["namespace"])),
         block_hash=BlockHash(_parse_hash(metadata["block_hash"])),
         parent_hash=BlockHash(_parse_hash(parent)) if parent else None,
         depth=depth,
         token_ids=token_ids,
+        part=Part(part),
     )
 
 

@@ -3,9 +3,12 @@
 A block is in exactly one of three places:
 
 - *in use*: ``ref_count > 0``; some block table holds it.
-- *cached*: ``ref_count == 0`` and it has a hash; it waits in the free queue, least recently used first, and is
+- *cached*: ``ref_count == 0`` and it has a hash; it waits in a free queue, least recently used first, and is
   found again through the index until it is evicted.
 - *empty*: ``ref_count == 0`` and no hash; the next allocation takes it.
+
+Checkpoints have a free queue and sums of their own, so that they can be evicted by themselves. A logical clock says
+which queue's front was released first: taken together the two are one queue.
 
 The vocabulary and the queue are vLLM's (``vllm/v1/core/block_pool.py``, PagedAttention, Kwon et al. 2023). Here a
 block is a record of a prefix, not a slot of a fixed tensor, so the pool may grow and its size costs next to nothing.
@@ -14,10 +17,12 @@ Not thread-safe: `PagedCacheManager` holds the lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.parts import CHECKPOINT, ROWS, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -32,6 +37,8 @@ class CacheBlock:
         num_tokens: tokens in it; less than the block size only in the last block of a table.
         block_hash: its chain hash, once it is full and its content is in a tier.
         payload: its tensors if they are in RAM; None while it is empty, partial, or only on SSD.
+        part: what of a block it is, once it has a hash.
+        released_at: the pool's clock when it was last cached.
     """
 
     block_id: int
@@ -39,6 +46,8 @@ class CacheBlock:
     num_tokens: int = 0
     block_hash: BlockHash | None = None
     payload: BlockPayload | None = None
+    part: Part = ROWS
+    released_at: int = 0
     # Links of the free queue; both None outside it.
     prev_free: CacheBlock | None = field(default=None, repr=False)
     next_free: CacheBlock | None = field(default=None, repr=False)
@@ -97,13 +106,20 @@ class FreeKVCacheBlockQueue:
         block.prev_free = block.next_free = None
         self._length -= 1
 
-    def popleft(self) -> CacheBlock | None:
-        """Take the least recently used block, or None."""
+    @property
+    def front(self) -> CacheBlock | None:
+        """The least recently used block, or None."""
         block = self._front.next_free
-        if block is None or block is self._back:
-            return None
-        self.remove(block)
-        return block
+        return None if block is self._back else block
+
+
+@dataclass(slots=True)
+class _Kind:
+    """The blocks of one kind: those that may be evicted, and what all of them take in RAM."""
+
+    cached: FreeKVCacheBlockQueue = field(default_factory=FreeKVCacheBlockQueue)
+    hot_bytes: int = 0
+    evictable_bytes: int = 0
 
 
 class BlockPool:
@@ -118,10 +134,10 @@ class BlockPool:
         self._max_blocks = max_blocks
         self._blocks: list[CacheBlock] = []
         self._empty: list[CacheBlock] = []
-        self._cached = FreeKVCacheBlockQueue()
+        self._checkpoints = _Kind()
+        self._others = _Kind()
+        self._clock = 0
         self._index: dict[BlockHash, CacheBlock] = {}
-        self._hot_bytes = 0
-        self._evictable_bytes = 0
         self._num_hot = 0
         self.num_evictions = 0
         self._grow(initial_blocks)
@@ -139,22 +155,32 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Blocks that nobody holds and that can be found again."""
-        return len(self._cached)
+        return len(self._checkpoints.cached) + len(self._others.cached)
 
     @property
     def num_in_use(self) -> int:
         """Blocks that some table holds."""
-        return len(self._blocks) - len(self._empty) - len(self._cached)
+        return len(self._blocks) - len(self._empty) - self.num_cached
 
     @property
     def hot_bytes(self) -> int:
         """Payload bytes in RAM."""
-        return self._hot_bytes
+        return self._checkpoints.hot_bytes + self._others.hot_bytes
 
     @property
-    def evictable_bytes(self) -> int:
-        """Payload bytes in RAM that nobody holds."""
-        return self._evictable_bytes
+    def held_bytes(self) -> int:
+        """Payload bytes in RAM that some table holds."""
+        return self.hot_bytes - self._checkpoints.evictable_bytes - self._others.evictable_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Payload bytes of checkpoints in RAM."""
+        return self._checkpoints.hot_bytes
+
+    @property
+    def held_checkpoint_bytes(self) -> int:
+        """Payload bytes of checkpoints in RAM that some table holds."""
+        return self._checkpoints.hot_bytes - self._checkpoints.evictable_bytes
 
     @property
     def num_hot(self) -> int:
@@ -185,8 +211,7 @@ class BlockPool:
     def acquire(self, block: CacheBlock) -> None:
         """Add a reference to a block that is in use or cached."""
         if block.ref_count == 0:
-            self._cached.remove(block)
-            self._evictable_bytes -= block.payload.size_bytes if block.payload else 0
+            self._remove_cached(block)
         block.ref_count += 1
 
     def release(self, block: CacheBlock) -> None:
@@ -201,13 +226,16 @@ class BlockPool:
         if block.ref_count > 0:
             return
         if block.block_hash is not None and block.payload is not None:
-            self._cached.append(block)
-            self._evictable_bytes += block.payload.size_bytes
+            kind = self._kind(block)
+            self._clock += 1
+            block.released_at = self._clock
+            kind.cached.append(block)
+            kind.evictable_bytes += block.payload.size_bytes
         else:
             # What only the SSD has needs no record here: the next look-up registers it again.
             self._reset(block)
 
-    def register(self, block: CacheBlock, block_hash: BlockHash) -> None:
+    def register(self, block: CacheBlock, block_hash: BlockHash, part: Part = ROWS) -> None:
         """Give a block in use its identity, so that others find it.
 
         Raises:
@@ -216,25 +244,52 @@ class BlockPool:
         if block.ref_count < 1 or block.block_hash is not None or block_hash in self._index:
             raise CacheInvariantError(f"block {block.block_id} can't be registered as {block_hash.hex()}")
         block.block_hash = block_hash
+        block.part = part
         self._index[block_hash] = block
 
     def attach(self, block: CacheBlock, payload: BlockPayload) -> None:
-        """Put a payload into a block that has none."""
+        """Put a payload into a block that is registered and has none.
+
+        Raises:
+            CacheInvariantError: it isn't, or has one.
+        """
+        if block.block_hash is None:
+            raise CacheInvariantError(f"block {block.block_id} is given a payload before its hash")
         if block.payload is not None:
             raise CacheInvariantError(f"block {block.block_id} has a payload already")
         block.payload = payload
-        self._hot_bytes += payload.size_bytes
+        self._kind(block).hot_bytes += payload.size_bytes
         self._num_hot += 1
+
+    def eviction_order(self) -> Iterator[CacheBlock]:
+        """The cached blocks, least recently used first."""
+        return heapq.merge(self._checkpoints.cached, self._others.cached, key=_released_at)
 
     def evict_least_recently_used(self) -> bool:
         """Empty the least recently used cached block; False if there is none."""
-        block = self._cached.popleft()
+        fronts = (self._checkpoints.cached.front, self._others.cached.front)
+        candidates = [block for block in fronts if block is not None]
+        return self._evict(min(candidates, key=_released_at, default=None))
+
+    def evict_checkpoint(self) -> bool:
+        """Empty the least recently used cached checkpoint; False if there is none."""
+        return self._evict(self._checkpoints.cached.front)
+
+    def _evict(self, block: CacheBlock | None) -> bool:
         if block is None:
             return False
-        self._evictable_bytes -= block.payload.size_bytes if block.payload else 0
+        self._remove_cached(block)
         self.num_evictions += 1
         self._reset(block)
         return True
+
+    def _kind(self, block: CacheBlock) -> _Kind:
+        return self._checkpoints if block.part == CHECKPOINT else self._others
+
+    def _remove_cached(self, block: CacheBlock) -> None:
+        kind = self._kind(block)
+        kind.cached.remove(block)
+        kind.evictable_bytes -= block.payload.size_bytes if block.payload else 0
 
     def _grow(self, num_blocks: int) -> None:
         if self._max_blocks is not None:
@@ -248,7 +303,7 @@ class BlockPool:
         if block.block_hash is not None:
             del self._index[block.block_hash]
         if block.payload is not None:
-            self._hot_bytes -= block.payload.size_bytes
+            self._kind(block).hot_bytes -= block.payload.size_bytes
             self._num_hot -= 1
         block.block_hash = block.payload = None
         block.num_tokens = 0
@@ -260,10 +315,12 @@ class BlockPool:
         Raises:
             CacheInvariantError: naming what is broken.
         """
-        cached = list(self._cached)
+        cached = list(self.eviction_order())
         hot = [block for block in self._blocks if block.payload is not None]
+        clock = [block.released_at for block in cached]
         conditions = {
-            "free queue length": len(cached) == len(self._cached),
+            "free queue length": len(cached) == self.num_cached,
+            "eviction order": clock == sorted(clock),
             "a cached block is held": all(block.ref_count == 0 for block in cached),
             "a cached block can't serve": all(block.block_hash and block.payload for block in cached),
             "an empty block carries something": all(
@@ -273,11 +330,23 @@ class BlockPool:
             == len(cached) + len(self._empty),
             "blocks in use": sum(block.ref_count > 0 for block in self._blocks) == self.num_in_use,
             "index": {block.block_hash: block for block in self._blocks if block.block_hash} == self._index,
-            "hot bytes": sum(block.payload.size_bytes for block in hot if block.payload) == self._hot_bytes,
-            "evictable bytes": sum(block.payload.size_bytes for block in cached if block.payload)
-            == self._evictable_bytes,
             "hot blocks": len(hot) == self._num_hot,
         }
+        for name, kind in (("checkpoints", self._checkpoints), ("others", self._others)):
+            conditions |= {
+                f"queue of {name}": all(self._kind(block) is kind for block in kind.cached),
+                f"hot bytes of {name}": _size_bytes(block for block in hot if self._kind(block) is kind)
+                == kind.hot_bytes,
+                f"evictable bytes of {name}": _size_bytes(kind.cached) == kind.evictable_bytes,
+            }
         broken = [name for name, holds in conditions.items() if not holds]
         if broken:
             raise CacheInvariantError(f"block pool: {', '.join(broken)}")
+
+
+def _released_at(block: CacheBlock) -> int:
+    return block.released_at
+
+
+def _size_bytes(blocks: Iterable[CacheBlock]) -> int:
+    return sum(block.payload.size_bytes for block in blocks if block.payload is not None)

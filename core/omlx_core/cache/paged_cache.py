@@ -17,7 +17,8 @@ from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, ite
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.block_table import BlockTable, FullBlock
 from omlx_core.cache.events import EventBus
-from omlx_core.cache.parts import PartKey, hash_part
+from omlx_core.cache.hot_budget import HotBudget
+from omlx_core.cache.parts import ROWS, Part, PartKey, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import BlockPoolExhaustedError, CacheInvariantError
 
@@ -40,6 +41,7 @@ class HotCacheStats:
         blocks_cached: held by nobody, waiting to be found again or evicted.
         hot_blocks: blocks whose tensors are in RAM.
         hot_bytes: their size in bytes.
+        checkpoint_bytes: that of the checkpoints among them.
         evictions: blocks evicted from RAM so far.
         promotions: blocks brought to RAM from the SSD tier so far.
         cow_copies: blocks copied on write so far.
@@ -50,6 +52,7 @@ class HotCacheStats:
     blocks_cached: int
     hot_blocks: int
     hot_bytes: int
+    checkpoint_bytes: int
     evictions: int
     promotions: int
     cow_copies: int
@@ -63,6 +66,7 @@ class PagedCacheManager:
         block_size: tokens per block.
         initial_blocks: block records made at once.
         hot_max_bytes: most payload bytes in RAM; None is no limit.
+        checkpoint_share: the largest part of `hot_max_bytes` that checkpoints may take, in (0, 1].
         max_blocks: most block records; None is no limit.
         cold: index of the SSD tier, if there is one.
         events: where to tell of blocks stored, restored and evicted.
@@ -75,16 +79,17 @@ class PagedCacheManager:
         block_size: int,
         initial_blocks: int = 256,
         hot_max_bytes: int | None = None,
+        checkpoint_share: float = 1.0,
         max_blocks: int | None = None,
         cold: ColdTierIndex | None = None,
         events: EventBus | None = None,
     ) -> None:
         self.block_size = block_size
         self._namespace = namespace
-        self._hot_max_bytes = hot_max_bytes
         self._cold = cold
         self._events = EventBus() if events is None else events
         self._pool = BlockPool(initial_blocks, max_blocks)
+        self._budget = HotBudget(self._pool, hot_max_bytes, checkpoint_share, self._events)
         self._lock = threading.Lock()
         self._num_promotions = 0
         self._num_cow_copies = 0
@@ -187,14 +192,14 @@ class PagedCacheManager:
         with self._lock:
             published = self._pool.get(full.block_hash)
             is_safe = in_cold_tier or (published is not None and published.payload is not None)
-            if not is_safe and not self._make_room(payload.size_bytes):
+            if not is_safe and not self._budget.make_room(payload.size_bytes, ROWS):
                 return False
             # Held from here on, so that making room can't evict the very block that it is made for.
             try:
                 block = self._publish(table, full, published)
             except BlockPoolExhaustedError:
                 return False
-            if block.payload is None and self._make_room(payload.size_bytes):
+            if block.payload is None and self._budget.make_room(payload.size_bytes, ROWS):
                 self._pool.attach(block, payload)
                 self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
             return True
@@ -207,7 +212,7 @@ class PagedCacheManager:
         """
         found: dict[PartKey, CacheBlock] = {}
         for key in keys:
-            block = self._acquire(self._part_hash(table, key))
+            block = self._acquire(self._part_hash(table, key), key.part)
             if block is None:
                 with self._lock:
                     for block in found.values():
@@ -229,7 +234,7 @@ class PagedCacheManager:
         with self._lock:
             block = self._pool.get(part_hash)
             has_payload = block is not None and block.payload is not None
-            if not has_payload and not in_cold_tier and not self._make_room(payload.size_bytes):
+            if not has_payload and not in_cold_tier and not self._budget.make_room(payload.size_bytes, key.part):
                 return False
             if key in table.parts:
                 block = table.parts[key]
@@ -240,9 +245,9 @@ class PagedCacheManager:
                     block = self._pool.allocate()
                 except BlockPoolExhaustedError:
                     return False
-                self._pool.register(block, part_hash)
+                self._pool.register(block, part_hash, key.part)
             table.parts[key] = block
-            if block.payload is None and self._make_room(payload.size_bytes):
+            if block.payload is None and self._budget.make_room(payload.size_bytes, key.part):
                 self._pool.attach(block, payload)
                 self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
             return True
@@ -250,7 +255,9 @@ class PagedCacheManager:
     def promote(self, block: CacheBlock, payload: BlockPayload) -> None:
         """Keep in RAM what was read from the SSD tier, if there is room for it."""
         with self._lock:
-            if block.block_hash is not None and block.payload is None and self._make_room(payload.size_bytes):
+            if block.block_hash is None or block.payload is not None:
+                return
+            if self._budget.make_room(payload.size_bytes, block.part):
                 self._pool.attach(block, payload)
                 self._num_promotions += 1
                 self._events.publish("restore", "cold", num_blocks=1, size_bytes=payload.size_bytes)
@@ -258,9 +265,7 @@ class PagedCacheManager:
     def truncate(self, table: BlockTable, num_blocks: int) -> None:
         """Let go of all blocks of a table but the first `num_blocks`, whose content turned out to be gone."""
         with self._lock:
-            self._release_parts(table, num_blocks)
-            for block in reversed(table.blocks[num_blocks:]):
-                self._pool.release(block)
+            self._release_blocks(table, num_blocks)
         del table.blocks[num_blocks:]
         del table.token_ids[num_blocks * self.block_size :]
         table.num_committed = min(table.num_committed, num_blocks)
@@ -284,9 +289,7 @@ class PagedCacheManager:
     def free_block_table(self, table: BlockTable) -> None:
         """Drop a table's references, tip first, so that leaves are evicted before the trunk. Idempotent."""
         with self._lock:
-            self._release_parts(table, 0)
-            for block in reversed(table.blocks):
-                self._pool.release(block)
+            self._release_blocks(table, 0)
         table.blocks.clear()
         table.token_ids.clear()
         table.num_committed = table.num_saved = 0
@@ -300,23 +303,23 @@ class PagedCacheManager:
                 blocks_cached=self._pool.num_cached,
                 hot_blocks=self._pool.num_hot,
                 hot_bytes=self._pool.hot_bytes,
+                checkpoint_bytes=self._pool.checkpoint_bytes,
                 evictions=self._pool.num_evictions,
                 promotions=self._num_promotions,
                 cow_copies=self._num_cow_copies,
             )
 
     def check(self) -> None:
-        """Verify the pool's invariants and the budget; for tests.
+        """Verify the pool's invariants, the budget and the checkpoints' share; for tests.
 
         Raises:
             CacheInvariantError: naming what is broken.
         """
         with self._lock:
             self._pool.check()
-            if self._hot_max_bytes is not None and self._pool.hot_bytes > self._hot_max_bytes:
-                raise CacheInvariantError(f"{self._pool.hot_bytes} bytes in RAM of {self._hot_max_bytes}")
+            self._budget.check()
 
-    def _acquire(self, block_hash: BlockHash) -> CacheBlock | None:
+    def _acquire(self, block_hash: BlockHash, part: Part = ROWS) -> CacheBlock | None:
         with self._lock:
             block = self._pool.get(block_hash)
             if block is not None:
@@ -335,7 +338,7 @@ class PagedCacheManager:
             except BlockPoolExhaustedError:
                 return None
             block.num_tokens = self.block_size
-            self._pool.register(block, block_hash)
+            self._pool.register(block, block_hash, part)
             return block
 
     def _part_hash(self, table: BlockTable, key: PartKey) -> BlockHash:
@@ -344,11 +347,18 @@ class PagedCacheManager:
             raise CacheInvariantError(f"block {key.position} has a {key.part} before it is published")
         return hash_part(block_hash, key.part)
 
-    def _release_parts(self, table: BlockTable, num_blocks: int) -> None:
-        """Let go of the parts of all blocks but the first `num_blocks`, deepest first; the lock is held."""
-        for key in sorted(key for key in table.parts if key.position >= num_blocks)[::-1]:
-            self._pool.release(table.parts.pop(key))
-            table.unsaved_parts.discard(key)
+    def _release_blocks(self, table: BlockTable, num_blocks: int) -> None:
+        """Let go of all blocks but the first `num_blocks`, tip first, each just after its parts; the lock is held.
+
+        Eviction thus shortens a sequence from its end, and what is left of it can still be restored.
+        """
+        keys = sorted(key for key in table.parts if key.position >= num_blocks)
+        for position in reversed(range(num_blocks, len(table.blocks))):
+            while keys and keys[-1].position >= position:
+                key = keys.pop()
+                self._pool.release(table.parts.pop(key))
+                table.unsaved_parts.discard(key)
+            self._pool.release(table.blocks[position])
 
     def _publish(self, table: BlockTable, full: FullBlock, published: CacheBlock | None) -> CacheBlock:
         """Register the table's own block, or put the one that is published already in its place."""
@@ -382,16 +392,3 @@ class PagedCacheManager:
         self._pool.release(shared)
         self._num_cow_copies += 1
         return copy
-
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evict until `size_bytes` more fit; False, and nothing is evicted, if they can't. The lock is held."""
-        if self._hot_max_bytes is None:
-            return True
-        if self._pool.hot_bytes - self._pool.evictable_bytes + size_bytes > self._hot_max_bytes:
-            return False
-        num_blocks, before_bytes = 0, self._pool.hot_bytes
-        while self._pool.hot_bytes + size_bytes > self._hot_max_bytes and self._pool.evict_least_recently_used():
-            num_blocks += 1
-        freed_bytes = before_bytes - self._pool.hot_bytes
-        self._events.publish("evict", "hot", num_blocks=num_blocks, size_bytes=freed_bytes)
-        return self._pool.hot_bytes + size_bytes <= self._hot_max_bytes

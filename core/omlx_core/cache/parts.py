@@ -1,4 +1,7 @@
-"""The parts of a block that are kept beside its rows, each under a hash, with a file and an eviction of its own."""
+"""The parts of a block: its rows under its own hash, and beside them others under hashes of their own.
+
+Each part is shared, written and evicted by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from omlx_core.cache.payload import BlockPayload
 
 Part = NewType("Part", str)
 
+ROWS = Part("rows")
+"""The rows of the block's tokens: the block itself, which the next one of its chain follows."""
+
 WINDOW = Part("window")
 """The rows of sliding-window layers: needed only by a restore that ends within a window's length of them."""
 
@@ -19,10 +25,11 @@ CHECKPOINT = Part("checkpoint")
 """The state of recurrent layers at the end of the block: needed only by a restore that ends there."""
 
 PARTS = (WINDOW, CHECKPOINT)
+"""What is kept beside the rows. Nothing follows them: they are leaves of their chain."""
 
 
 class PartKey(NamedTuple):
-    """A part of the block at a position of a table."""
+    """One of `PARTS` of the block at a position of a table."""
 
     position: int
     part: Part

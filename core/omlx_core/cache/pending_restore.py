@@ -28,13 +28,22 @@ class PendingRestore:
         self.num_matched_blocks = num_matched_blocks
         self._rows = rows
         self._parts = parts
+        self._cold = {position for position, content in enumerate(rows) if isinstance(content, Future)}
+        self._cold |= {key.position for key, content in parts.items() if isinstance(content, Future)}
 
     @property
     def num_hot_blocks(self) -> int:
         """How many of the table's blocks were in RAM, with all that is needed of them, when they were matched."""
-        cold = {position for position, content in enumerate(self._rows) if isinstance(content, Future)}
-        cold |= {key.position for key, content in self._parts.items() if isinstance(content, Future)}
-        return len(self.table.blocks) - len(cold & set(range(len(self.table.blocks))))
+        return len(self.table.blocks) - len(self._cold & set(range(len(self.table.blocks))))
+
+    @property
+    def is_hot(self) -> bool:
+        """Whether all of it was in RAM when it was matched."""
+        return not self._cold
+
+    def replaces(self, earlier: PendingRestore) -> None:
+        """Count as read from SSD what an earlier match of the same prompt has read."""
+        self._cold |= earlier._cold
 
     def is_ready(self) -> bool:
         """Whether `TieredCache.finish_restore` would return without waiting."""

@@ -4,6 +4,10 @@ Bytes are reserved before a temporary file is written, and an evicted block coun
 index adds up is therefore never less than what is on disk. Counted are the files' lengths; the index itself and the
 file system's rounding to its own blocks come on top.
 
+Checkpoints have a share of the budget. One that would exceed it makes room among the checkpoints alone, so that a long
+prompt's can't push out the rows of others; within the share all leave in one order. No block follows a checkpoint, so
+none is left without its parent either way.
+
 Bytes written are entered into the index with the reservation, so that processes which write at the same time can't
 exceed the day's budget together; a write that fails then counts as if it had been done.
 
@@ -14,11 +18,12 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import CHECKPOINT, Part
 from omlx_core.cache.ssd_index import SSDIndex
 from omlx_core.cache.ssd_layout import EVICTED, IndexEntry, UnpublishedFile, block_path, temporary_path
 from omlx_core.cache.ssd_owner import is_abandoned, new_owner, retire_owner
@@ -35,11 +40,18 @@ class DiskLimits:
         max_size_bytes: most bytes of files in the folder.
         min_free_bytes: while less than this would be free on the volume, nothing is written.
         write_budget_bytes: most bytes written to the folder in 24 hours; None is no limit.
+        checkpoint_share: the largest part of `max_size_bytes` that checkpoints may take, in (0, 1].
     """
 
     max_size_bytes: int
     min_free_bytes: int = 0
     write_budget_bytes: int | None = None
+    checkpoint_share: float = 1.0
+
+    @property
+    def max_checkpoint_bytes(self) -> int:
+        """Most bytes of checkpoints in the folder."""
+        return int(self.max_size_bytes * self.checkpoint_share)
 
 
 class SaveOutcome(enum.Enum):
@@ -50,7 +62,7 @@ class SaveOutcome(enum.Enum):
     NO_PARENT = enum.auto()
     """The block before it isn't published."""
     TOO_LARGE = enum.auto()
-    """The block and those before it exceed the folder's budget."""
+    """The block and those before it exceed the folder's budget, or a checkpoint the share for these."""
     WRITE_BUDGET = enum.auto()
     """The last 24 hours' writing would exceed its budget."""
     FREE_SPACE = enum.auto()
@@ -87,11 +99,17 @@ class DiskBudget:
         retire_owner(self.owner)
 
     def reserve(
-        self, namespace: NamespaceHash, block_hash: BlockHash, parent_hash: BlockHash | None, size_bytes: int
+        self,
+        namespace: NamespaceHash,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None,
+        size_bytes: int,
+        part: Part,
     ) -> SaveOutcome | None:
         """Make room for a file that is about to be written to `temporary_path`, and enter it as written.
 
-        Blocks leave in order of their last use, leaves before their parents; those before the new block stay.
+        Blocks leave in order of their last use, leaves before their parents; those before the new block stay. For a
+        checkpoint beyond the checkpoints' share, other checkpoints leave first.
 
         Returns:
             None, or why the file may not be written; nothing is evicted then.
@@ -110,12 +128,15 @@ class DiskBudget:
                 if self._exceeds_write_budget(size_bytes):
                     return SaveOutcome.WRITE_BUDGET
                 has_more = self._remove_leftovers()
-                if self._size_bytes() + size_bytes <= self._limits.max_size_bytes:
-                    self._index.add_unpublished(UnpublishedFile(namespace, block_hash, self.owner, size_bytes))
+                victims = self._victims(size_bytes, part, parent)
+                if victims == []:
+                    self._index.add_unpublished(UnpublishedFile(namespace, block_hash, self.owner, size_bytes, part))
                     self._index.record_write(size_bytes)
                     return None
-                if not has_more and not self._evict(size_bytes, parent):
-                    return SaveOutcome.TOO_LARGE
+                if not has_more:
+                    if victims is None:
+                        return SaveOutcome.TOO_LARGE
+                    self._evict(victims)
 
     def release(self, namespace: NamespaceHash, block_hash: BlockHash) -> None:
         """Remove a temporary file, if it is still there, and its reservation.
@@ -128,7 +149,7 @@ class DiskBudget:
             self._index.remove_unpublished(namespace, block_hash, self.owner)
 
     def trim(self) -> None:
-        """Remove what earlier processes left, and evict down to the budget.
+        """Remove what earlier processes left, and evict down to the budget and the checkpoints' share of it.
 
         Raises:
             OSError: an evicted file can't be removed.
@@ -137,8 +158,13 @@ class DiskBudget:
             with self._index.transaction():
                 if self._remove_leftovers():
                     continue
-                if self._size_bytes() <= self._limits.max_size_bytes or not self._evict(0, None):
+                totals = self._index.current_totals()
+                victims = self._index.least_recently_used(
+                    totals.checkpoint_bytes - self._limits.max_checkpoint_bytes, only_checkpoints=True
+                ) or self._index.least_recently_used(totals.size_bytes - self._limits.max_size_bytes)
+                if not victims:
                     return
+                self._evict(victims)
 
     def withdraw(self, entries: Iterable[IndexEntry]) -> None:
         """Take blocks out of the index; `trim` then removes their files. Inside a transaction, leaves first."""
@@ -146,7 +172,9 @@ class DiskBudget:
             self._index.remove(entry.namespace, entry.block_hash)
             # It may wait for its removal already, and have been published anew since.
             self._index.remove_unpublished(entry.namespace, entry.block_hash, EVICTED)
-            self._index.add_unpublished(UnpublishedFile(entry.namespace, entry.block_hash, EVICTED, entry.size_bytes))
+            self._index.add_unpublished(
+                UnpublishedFile(entry.namespace, entry.block_hash, EVICTED, entry.size_bytes, entry.part)
+            )
 
     def _exceeds_write_budget(self, size_bytes: int) -> bool:
         if self._limits.write_budget_bytes is None:
@@ -180,18 +208,28 @@ class DiskBudget:
             self._index.remove_unpublished(file.namespace, file.block_hash, file.owner)
         return False
 
-    def _evict(self, size_bytes: int, parent: IndexEntry | None) -> bool:
-        """Take the rows of enough blocks; `_remove_leftovers` takes the files, in the next transaction."""
-        excess_bytes = self._size_bytes() + size_bytes - self._limits.max_size_bytes
-        victims = self._index.least_recently_used(excess_bytes, keep=self._index.ancestors(parent))
-        if victims is None:
-            return False
+    def _victims(self, size_bytes: int, part: Part, parent: IndexEntry | None) -> list[IndexEntry] | None:
+        """What must leave for a new file, in that order; None if all that may leave is not enough."""
+        totals = self._index.current_totals()
+        excess_bytes = totals.size_bytes + size_bytes - self._limits.max_size_bytes
+        checkpoints: list[IndexEntry] | None = []
+        if part == CHECKPOINT:
+            checkpoints = self._index.least_recently_used(
+                totals.checkpoint_bytes + size_bytes - self._limits.max_checkpoint_bytes, only_checkpoints=True
+            )
+        if checkpoints is None:
+            return None
+        excess_bytes -= sum(entry.size_bytes for entry in checkpoints)
+        if excess_bytes <= 0:
+            return checkpoints
+        keep = self._index.ancestors(parent).union((entry.namespace, entry.block_hash) for entry in checkpoints)
+        others = self._index.least_recently_used(excess_bytes, keep)
+        return None if others is None else [*checkpoints, *others]
+
+    def _evict(self, victims: Collection[IndexEntry]) -> None:
+        """Take blocks out of the index; `_remove_leftovers` takes the files, in the next transaction."""
         self.withdraw(victims)
         self._stats.count_evicted(len(victims), sum(entry.size_bytes for entry in victims))
-        return True
-
-    def _size_bytes(self) -> int:
-        return self._index.current_totals().size_bytes
 
 
 def free_space_bytes(directory: Path) -> int:

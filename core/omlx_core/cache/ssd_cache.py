@@ -20,6 +20,7 @@ from omlx_core.cache import ssd_maintenance
 from omlx_core.cache.block_file import encode_token_ids, read_block
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
 from omlx_core.cache.events import EventBus
+from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskBudget, DiskLimits
 from omlx_core.cache.ssd_check import CheckReport
@@ -48,6 +49,7 @@ class PagedSSDCacheManager:
         max_queued_bytes: most payload bytes that wait to be written; a single larger block may wait alone.
         min_free_bytes: while less than this would be free on the volume, nothing is written.
         write_budget_bytes: most bytes written to the folder in 24 hours, by all processes; None is no limit.
+        checkpoint_share: the largest part of `max_size_bytes` that checkpoints may take, in (0, 1].
         read_only: serve blocks and never write anything, so that the folder may be on a medium that can't be written,
             or missing. Blocks are then found by their files, those of other processes that write included.
         events: where to tell of blocks written, evicted and found corrupt.
@@ -66,11 +68,12 @@ class PagedSSDCacheManager:
         max_queued_bytes: int = 1024**3,
         min_free_bytes: int = 0,
         write_budget_bytes: int | None = None,
+        checkpoint_share: float = 1.0,
         read_only: bool = False,
         events: EventBus | None = None,
     ) -> None:
         self._directory = directory
-        self._limits = DiskLimits(max_size_bytes, min_free_bytes, write_budget_bytes)
+        self._limits = DiskLimits(max_size_bytes, min_free_bytes, write_budget_bytes, checkpoint_share)
         self._namespace = namespace
         self._description = description
         self._stats = StatsKeeper(events)
@@ -103,6 +106,8 @@ class PagedSSDCacheManager:
         token_ids: Sequence[int],
         payload: BlockPayload,
         on_complete: Callable[[BlockHash, bool], None] | None = None,
+        *,
+        part: Part = ROWS,
     ) -> bool:
         """Queue a block for writing; returns at once and does no I/O.
 
@@ -114,6 +119,7 @@ class PagedSSDCacheManager:
             payload: what to write; kept by reference, and returned by `load_block`, until it's written.
             on_complete: called exactly once with the hash and whether the block is on disk, on the writer's thread,
                 if the block was queued.
+            part: what of a block it is. Checkpoints leave by their share, and nothing may follow one.
 
         Returns:
             Whether the block is in the queue now. False: the queue is full or closed, or the cache is read-only.
@@ -121,7 +127,7 @@ class PagedSSDCacheManager:
         if self._writer is None:
             return False
         return self._writer.submit(
-            SaveRequest(block_hash, parent_hash, tuple(token_ids), payload, payload.size_bytes, on_complete)
+            SaveRequest(block_hash, parent_hash, tuple(token_ids), payload, payload.size_bytes, part, on_complete)
         )
 
     def load_block(self, block_hash: BlockHash, token_ids: Sequence[int]) -> BlockPayload | None:
@@ -191,6 +197,7 @@ class PagedSSDCacheManager:
             self._stats.current,
             num_blocks=totals.num_blocks,
             size_bytes=totals.size_bytes,
+            checkpoint_bytes=totals.checkpoint_bytes,
             bytes_written_last_day=totals.bytes_written_last_day,
             bytes_written_ever=totals.bytes_written_ever,
         )

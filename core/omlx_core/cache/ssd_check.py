@@ -61,7 +61,7 @@ class FindingKind(enum.StrEnum):
     PERMISSIONS = "permissions"
     """Others than its owner have access. Repair takes it from them."""
     OVER_BUDGET = "over budget"
-    """More bytes than `max_size_bytes`. Repair evicts."""
+    """More bytes than `max_size_bytes`, or more of checkpoints than their share. Repair evicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +153,17 @@ class Examination:
 
     def _examine_sums(self, view: IndexView) -> None:
         path = self._directory / INDEX_NAME
-        totals, counted = view.current_totals(), view.counted_totals()
-        if (totals.num_blocks, totals.size_bytes) != counted:
-            kept = f"{totals.num_blocks} blocks of {totals.size_bytes} bytes are noted"
-            self._find(FindingKind.WRONG_TOTALS, path, f"{kept}, {counted[0]} of {counted[1]} bytes are listed")
-        if counted[1] > self._limits.max_size_bytes:
-            self._find(FindingKind.OVER_BUDGET, path, f"{counted[1]} bytes of {self._limits.max_size_bytes}")
+        totals, counted, limits = view.current_totals(), view.counted_totals(), self._limits
+        noted = totals.num_blocks, totals.size_bytes, totals.checkpoint_bytes
+        if noted != counted:
+            detail = f"blocks, bytes, bytes of checkpoints: {noted} are noted, {counted} are listed"
+            self._find(FindingKind.WRONG_TOTALS, path, detail)
+        _, size_bytes, checkpoint_bytes = counted
+        if size_bytes > limits.max_size_bytes:
+            self._find(FindingKind.OVER_BUDGET, path, f"{size_bytes} bytes of {limits.max_size_bytes}")
+        if checkpoint_bytes > limits.max_checkpoint_bytes:
+            detail = f"{checkpoint_bytes} bytes of checkpoints of {limits.max_checkpoint_bytes}"
+            self._find(FindingKind.OVER_BUDGET, path, detail)
         for entry in view.without_parent():
             path = block_path(self._directory, entry.namespace, entry.block_hash)
             self._find(FindingKind.MISSING_PARENT, path, f"its parent is {(entry.parent_hash or b'').hex()}")
@@ -216,9 +221,11 @@ def judge_row(directory: Path, row: IndexEntry) -> Finding | None:
         return Finding(FindingKind.CORRUPT_FILE, path, str(exc))
     except OSError as exc:
         return Finding(FindingKind.UNREADABLE_FILE, path, str(exc))
-    in_file, in_row = (size_bytes, identity.parent_hash, identity.depth), (row.size_bytes, row.parent_hash, row.depth)
+    in_file = size_bytes, identity.parent_hash, identity.depth, identity.part
+    in_row = row.size_bytes, row.parent_hash, row.depth, row.part
     if in_file != in_row:
-        return Finding(FindingKind.WRONG_ROW, path, f"size, parent, depth: {in_file} in the file, {in_row} in the row")
+        detail = f"size, parent, depth, part: {in_file} in the file, {in_row} in the row"
+        return Finding(FindingKind.WRONG_ROW, path, detail)
     return None
 
 

@@ -34,7 +34,7 @@ from omlx_core.cache.block_file import (
     sync_file,
 )
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
-from omlx_core.cache.parts import PARTS, hash_part
+from omlx_core.cache.parts import PARTS, ROWS, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import SaveOutcome
 from omlx_core.cache.ssd_index_view import read_snapshot
@@ -88,7 +88,9 @@ def find_chain(
     """
     with read_snapshot(directory) as view:
         for entry in view.entries(namespace):
-            # All have as many tokens, but for parts, which have none; this one may just have been evicted.
+            if entry.part != ROWS:
+                continue
+            # All have as many tokens; this one may just have been evicted.
             with (
                 contextlib.suppress(FileNotFoundError),
                 open(block_path(directory, namespace, entry.block_hash), "rb", buffering=0) as file,
@@ -171,7 +173,7 @@ def import_blocks(
             pass
         written = bytes_written = present = 0
         for identity, payload in _read_blocks(file, parts, namespace, extra_keys):
-            block = NewBlock(identity.block_hash, identity.parent_hash, identity.token_ids, payload)
+            block = NewBlock(identity.block_hash, identity.parent_hash, identity.token_ids, payload, identity.part)
             result = publisher.save(block)
             if not result.outcome.is_on_disk:
                 return ImportReport(len(parts), written, bytes_written, present, result.outcome)
@@ -261,14 +263,17 @@ def _read_blocks(
         if depths.get(identity.parent_hash) != identity.depth - 1:
             raise CorruptBlockError(f"block {identity.block_hash.hex()} doesn't follow the one before it")
         _verify_hash(identity, extra_keys)
-        depths[identity.block_hash] = identity.depth
+        if identity.part == ROWS:
+            depths[identity.block_hash] = identity.depth
         yield identity, payload
 
 
 def _verify_hash(identity: BlockIdentity, extra_keys: Sequence[str]) -> None:
     tokens = np.frombuffer(identity.token_ids, dtype="<u4")
     parent = identity.parent_hash
-    if parent is not None and not len(tokens) and identity.block_hash in [hash_part(parent, part) for part in PARTS]:
+    if identity.part != ROWS:
+        if parent is None or len(tokens) or hash_part(parent, identity.part) != identity.block_hash:
+            raise CorruptBlockError(f"block {identity.block_hash.hex()} is not the {identity.part} of its parent")
         return
     if hash_block(identity.parent_hash or identity.namespace, tokens, extra_keys) != identity.block_hash:
         raise InvalidRequestError(

@@ -9,9 +9,9 @@ One SQLite file in WAL mode over all namespaces of a folder. It holds two kinds 
   an evicted block until it's removed, so after a crash the next process knows what to clean up without looking
   through folders, and their bytes count meanwhile.
 
-Triggers keep the totals in the same transaction; `ssd_index_view` explains the ledger of bytes written. All changes to
-published files happen inside a write transaction: its lock keeps processes apart, and the system releases it when one
-is killed.
+Triggers keep the totals in the same transaction, with those of checkpoints apart; `ssd_index_view` explains the ledger
+of bytes written. All changes to published files happen inside a write transaction: its lock keeps processes apart, and
+the system releases it when one is killed.
 
 An index that is deleted, replaced or found damaged while it is open is noticed by the next transaction, which opens the
 one that is there then, or makes a new one.
@@ -54,10 +54,10 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = "index.lock"
 
-_INSERT_BLOCK = f"INSERT INTO blocks ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_BLOCK = f"INSERT INTO blocks ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERT_WRITE = """INSERT INTO writes (bucket, size_bytes) VALUES (?, ?)
     ON CONFLICT (bucket) DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes"""
-_INSERT_UNPUBLISHED = "INSERT INTO unpublished (namespace, hash, owner, size_bytes) VALUES (?, ?, ?, ?)"
+_INSERT_UNPUBLISHED = "INSERT INTO unpublished (namespace, hash, owner, size_bytes, part) VALUES (?, ?, ?, ?, ?)"
 _WRITER_TIMEOUT_S = 30.0
 _READER_TIMEOUT_S = 0.25
 
@@ -172,25 +172,28 @@ class SSDIndex(IndexView):
         return keys
 
     def least_recently_used(
-        self, size_bytes: int, keep: Collection[tuple[NamespaceHash, BlockHash]] = ()
+        self,
+        size_bytes: int,
+        keep: Collection[tuple[NamespaceHash, BlockHash]] = (),
+        *,
+        only_checkpoints: bool = False,
     ) -> list[IndexEntry] | None:
         """The blocks whose eviction frees that many bytes, in the order they leave. Inside a transaction.
 
         Args:
             size_bytes: how much to free.
             keep: namespace and hash of blocks that must stay.
+            only_checkpoints: leave rows and windows alone.
 
         Returns:
             None if all others together are too small.
         """
         victims: list[IndexEntry] = []
-        rows = self._connection.execute(f"SELECT {COLUMNS} FROM blocks ORDER BY last_used, depth DESC")
-        with contextlib.closing(rows):
+        with contextlib.closing(self.entries(only_checkpoints=only_checkpoints)) as entries:
             while size_bytes > 0:
-                row = rows.fetchone()
-                if row is None:
+                entry = next(entries, None)
+                if entry is None:
                     return None
-                entry = IndexEntry(*row)
                 if (entry.namespace, entry.block_hash) not in keep:
                     victims.append(entry)
                     size_bytes -= entry.size_bytes
@@ -226,7 +229,9 @@ class SSDIndex(IndexView):
 
     def recount(self) -> None:
         """Make the totals agree with the rows. Inside a transaction."""
-        self._connection.execute("UPDATE totals SET num_blocks = ?, size_bytes = ?", self.counted_totals())
+        self._connection.execute(
+            "UPDATE totals SET num_blocks = ?, size_bytes = ?, checkpoint_bytes = ?", self.counted_totals()
+        )
 
     def give_up_damaged(self) -> None:
         """Have the index made anew from the block files, by the next transaction or the next process to open it."""
@@ -319,7 +324,7 @@ def _open(path: Path) -> sqlite3.Connection:
     if existed:
         try:
             connection = _connect(path, _WRITER_TIMEOUT_S)
-        except sqlite3.DatabaseError as exc:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
             if not is_damage(exc):
                 raise
         else:
@@ -354,9 +359,9 @@ def _is_usable(connection: sqlite3.Connection, path: Path) -> bool:
         for table in ("blocks", "unpublished", "writes"):
             connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
         read_totals(connection)
-    except sqlite3.DatabaseError as exc:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
         # Also a table or a column that isn't there.
-        if is_damage(exc) or exc.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+        if is_damage(exc) or getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
             return False
         raise
     return True

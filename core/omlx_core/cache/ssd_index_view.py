@@ -11,38 +11,47 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import CHECKPOINT, ROWS
 from omlx_core.cache.ssd_layout import IndexEntry, UnpublishedFile
 from omlx_core.errors import BlockFileError, CacheDirectoryError
 
 INDEX_NAME = "index.sqlite3"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+COLUMNS = "namespace, hash, parent, depth, size_bytes, created_s, last_used, part"  # the fields of IndexEntry
+
+# A literal, because a partial index is of no use to a bound value.
+_IS_CHECKPOINT = f"part = '{CHECKPOINT}'"
+_ADD_SIZE = f"""size_bytes = size_bytes + NEW.size_bytes,
+    checkpoint_bytes = checkpoint_bytes + (NEW.{_IS_CHECKPOINT}) * NEW.size_bytes"""
+_SUBTRACT_SIZE = f"""size_bytes = size_bytes - OLD.size_bytes,
+    checkpoint_bytes = checkpoint_bytes - (OLD.{_IS_CHECKPOINT}) * OLD.size_bytes"""
 
 SCHEMA = (
-    """CREATE TABLE blocks (namespace BLOB NOT NULL, hash BLOB NOT NULL, parent BLOB, depth INTEGER NOT NULL,
+    f"""CREATE TABLE blocks (namespace BLOB NOT NULL, hash BLOB NOT NULL, parent BLOB, depth INTEGER NOT NULL,
         size_bytes INTEGER NOT NULL, created_s REAL NOT NULL, last_used INTEGER NOT NULL,
-        PRIMARY KEY (hash, namespace)) WITHOUT ROWID""",
+        part TEXT NOT NULL DEFAULT '{ROWS}', PRIMARY KEY (hash, namespace)) WITHOUT ROWID""",
     "CREATE INDEX blocks_by_use ON blocks (last_used, depth DESC)",
-    """CREATE TABLE unpublished (namespace BLOB NOT NULL, hash BLOB NOT NULL, owner TEXT NOT NULL,
-        size_bytes INTEGER NOT NULL, PRIMARY KEY (namespace, hash, owner)) WITHOUT ROWID""",
+    f"CREATE INDEX checkpoints_by_use ON blocks (last_used, depth DESC) WHERE {_IS_CHECKPOINT}",
+    f"""CREATE TABLE unpublished (namespace BLOB NOT NULL, hash BLOB NOT NULL, owner TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL, part TEXT NOT NULL DEFAULT '{ROWS}',
+        PRIMARY KEY (namespace, hash, owner)) WITHOUT ROWID""",
     """CREATE TABLE totals (num_blocks INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
-        bytes_written INTEGER NOT NULL)""",
-    "INSERT INTO totals VALUES (0, 0, 0)",
-    """CREATE TRIGGER block_added AFTER INSERT ON blocks BEGIN
-        UPDATE totals SET num_blocks = num_blocks + 1, size_bytes = size_bytes + NEW.size_bytes; END""",
-    """CREATE TRIGGER block_removed AFTER DELETE ON blocks BEGIN
-        UPDATE totals SET num_blocks = num_blocks - 1, size_bytes = size_bytes - OLD.size_bytes; END""",
-    """CREATE TRIGGER unpublished_added AFTER INSERT ON unpublished BEGIN
-        UPDATE totals SET size_bytes = size_bytes + NEW.size_bytes; END""",
-    """CREATE TRIGGER unpublished_removed AFTER DELETE ON unpublished BEGIN
-        UPDATE totals SET size_bytes = size_bytes - OLD.size_bytes; END""",
+        checkpoint_bytes INTEGER NOT NULL, bytes_written INTEGER NOT NULL)""",
+    "INSERT INTO totals VALUES (0, 0, 0, 0)",
+    f"""CREATE TRIGGER block_added AFTER INSERT ON blocks BEGIN
+        UPDATE totals SET num_blocks = num_blocks + 1, {_ADD_SIZE}; END""",
+    f"""CREATE TRIGGER block_removed AFTER DELETE ON blocks BEGIN
+        UPDATE totals SET num_blocks = num_blocks - 1, {_SUBTRACT_SIZE}; END""",
+    f"CREATE TRIGGER unpublished_added AFTER INSERT ON unpublished BEGIN UPDATE totals SET {_ADD_SIZE}; END",
+    f"CREATE TRIGGER unpublished_removed AFTER DELETE ON unpublished BEGIN UPDATE totals SET {_SUBTRACT_SIZE}; END",
     "CREATE TABLE writes (bucket INTEGER PRIMARY KEY, size_bytes INTEGER NOT NULL)",
 )
-COLUMNS = "namespace, hash, parent, depth, size_bytes, created_s, last_used"  # the fields of IndexEntry
 
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -57,12 +66,14 @@ class IndexTotals:
     Attributes:
         num_blocks: published blocks.
         size_bytes: bytes of their files, of files being written and of files about to be removed.
+        checkpoint_bytes: those of checkpoints among them.
         bytes_written_last_day: bytes of files written in the last 24 hours, to ten minutes.
         bytes_written_ever: bytes of files written since the folder came into use.
     """
 
     num_blocks: int
     size_bytes: int
+    checkpoint_bytes: int = 0
     bytes_written_last_day: int = 0
     bytes_written_ever: int = 0
 
@@ -108,11 +119,17 @@ class IndexView:
         ).fetchone()
         return None if row is None else IndexEntry(*row)
 
-    def entries(self, namespace: NamespaceHash | None = None) -> Iterator[IndexEntry]:
-        """All blocks, or those of one namespace, in the order in which they would be evicted."""
-        where, arguments = ("", ()) if namespace is None else ("WHERE namespace = ?", (namespace,))
+    def entries(
+        self, namespace: NamespaceHash | None = None, *, only_checkpoints: bool = False
+    ) -> Generator[IndexEntry, None, None]:
+        """All blocks, or those of one namespace or checkpoints alone, in the order in which they would be evicted."""
+        conditions = [_IS_CHECKPOINT] if only_checkpoints else ["TRUE"]
+        arguments = []
+        if namespace is not None:
+            conditions.append("namespace = ?")
+            arguments.append(namespace)
         rows = self._connection.execute(
-            f"SELECT {COLUMNS} FROM blocks {where} ORDER BY last_used, depth DESC", arguments
+            f"SELECT {COLUMNS} FROM blocks WHERE {' AND '.join(conditions)} ORDER BY last_used, depth DESC", arguments
         )
         with contextlib.closing(rows):
             for row in rows:
@@ -120,7 +137,7 @@ class IndexView:
 
     def unpublished(self) -> list[UnpublishedFile]:
         """All files that aren't blocks."""
-        rows = self._connection.execute("SELECT namespace, hash, owner, size_bytes FROM unpublished")
+        rows = self._connection.execute("SELECT namespace, hash, owner, size_bytes, part FROM unpublished")
         return [UnpublishedFile(*row) for row in rows]
 
     def is_unpublished(self, namespace: NamespaceHash, block_hash: BlockHash) -> bool:
@@ -134,13 +151,13 @@ class IndexView:
         """The totals as they are kept."""
         return read_totals(self._connection)
 
-    def counted_totals(self) -> tuple[int, int]:
-        """Blocks and bytes, counted row by row; what `current_totals` should say."""
-        num_blocks, size_bytes, unpublished_bytes = self._connection.execute(
-            """SELECT count(*), coalesce(sum(size_bytes), 0),
-                (SELECT coalesce(sum(size_bytes), 0) FROM unpublished) FROM blocks"""
-        ).fetchone()
-        return int(num_blocks), int(size_bytes + unpublished_bytes)
+    def counted_totals(self) -> tuple[int, int, int]:
+        """Blocks, bytes and bytes of checkpoints, counted row by row; what `current_totals` should say."""
+        sums = f"coalesce(sum(size_bytes), 0), coalesce(sum(({_IS_CHECKPOINT}) * size_bytes), 0)"
+        num_blocks, *published = self._connection.execute(f"SELECT count(*), {sums} FROM blocks").fetchone()
+        unpublished = self._connection.execute(f"SELECT {sums} FROM unpublished").fetchone()
+        size_bytes, checkpoint_bytes = (sum(pair) for pair in zip(published, unpublished, strict=True))
+        return num_blocks, size_bytes, checkpoint_bytes
 
     def without_parent(self) -> list[IndexEntry]:
         """Blocks whose parent isn't published."""
@@ -190,6 +207,8 @@ def read_snapshot(directory: Path) -> Iterator[IndexView]:
 
 def is_damage(exc: BaseException | None) -> bool:
     """Whether an error of SQLite says that the database itself is broken."""
+    if isinstance(exc, UnicodeDecodeError):
+        return True  # its message quotes a broken schema, of which the module `sqlite3` can make no text
     # The lowest byte is the kind, the rest a detail.
     return isinstance(exc, sqlite3.Error) and getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
@@ -198,7 +217,7 @@ def read_totals(connection: sqlite3.Connection) -> IndexTotals:
     """The totals of the index behind a connection."""
     return IndexTotals(
         *connection.execute(
-            """SELECT num_blocks, size_bytes,
+            """SELECT num_blocks, size_bytes, checkpoint_bytes,
                 (SELECT coalesce(sum(size_bytes), 0) FROM writes WHERE bucket >= ?), bytes_written FROM totals""",
             (current_bucket() - DAY_BUCKETS,),
         ).fetchone()

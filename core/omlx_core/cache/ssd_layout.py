@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from omlx_core.cache.block_file import BLOCK_SUFFIX, read_block_identity, sync_directory
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.ssd_owner import OWNER_PATTERN, is_abandoned, new_owner, retire_owner
 from omlx_core.errors import CacheDirectoryError
 
@@ -46,6 +47,7 @@ class IndexEntry:
         size_bytes: size of its file.
         created_s: when it was written, in seconds since the epoch; for people only.
         last_used: value of the logical clock when it was last used.
+        part: what of a block it is.
     """
 
     namespace: NamespaceHash
@@ -55,6 +57,7 @@ class IndexEntry:
     size_bytes: int
     created_s: float
     last_used: int
+    part: Part = ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,14 @@ class UnpublishedFile:
 
     Attributes:
         owner: who is writing it; empty for an evicted block that waits for its removal.
+        part: what of a block it is.
     """
 
     namespace: NamespaceHash
     block_hash: BlockHash
     owner: str
     size_bytes: int
+    part: Part = ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +249,7 @@ def _entry_from_file(path: Path) -> IndexEntry | None:
         size_bytes=status.st_size,
         created_s=status.st_mtime,
         last_used=0,
+        part=identity.part,
     )
 
 
@@ -262,5 +268,6 @@ def _stamped(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
 
 def _temporary_files(directory: Path) -> Iterator[UnpublishedFile]:
     for path, block_hash, owner in temporary_paths(directory):
+        # Its header may not be written yet; that it could be a checkpoint matters only until it is gone or published.
         with contextlib.suppress(FileNotFoundError):
             yield UnpublishedFile(NamespaceHash(bytes.fromhex(path.parts[-3])), block_hash, owner, path.stat().st_size)

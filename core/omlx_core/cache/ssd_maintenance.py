@@ -189,7 +189,14 @@ class _Repair:
         last_used = self._index.stamp_for_child(parent, namespace)
         self._index.insert(
             IndexEntry(
-                namespace, identity.block_hash, parent_hash, identity.depth, size_bytes, created_s, last_used=last_used
+                namespace=namespace,
+                block_hash=identity.block_hash,
+                parent_hash=parent_hash,
+                depth=identity.depth,
+                size_bytes=size_bytes,
+                created_s=created_s,
+                last_used=last_used,
+                part=identity.part,
             )
         )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from omlx_core.cache.block_file import BlockIdentity, encode_block, sync_directory, write_block_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskBudget, SaveOutcome
 from omlx_core.cache.ssd_index import SSDIndex
@@ -48,6 +49,7 @@ class NewBlock:
         parent_hash: the block before it; None for the first of a chain.
         token_ids: its tokens as little-endian uint32.
         payload: its tensors.
+        part: what of a block it is.
         replaces_file: publish it even if there is one, whose file can't be read.
     """
 
@@ -55,6 +57,7 @@ class NewBlock:
     parent_hash: BlockHash | None
     token_ids: bytes
     payload: BlockPayload
+    part: Part = ROWS
     replaces_file: bool = False
 
 
@@ -114,9 +117,13 @@ class BlockPublisher:
             # The chain in hand is in use: nobody should evict it while its next block is being written.
             self._index.stamp_for_child(parent, self._namespace)
         depth = 0 if parent is None else parent.depth + 1
-        identity = BlockIdentity(self._namespace, block.block_hash, block.parent_hash, depth, block.token_ids)
+        identity = BlockIdentity(
+            self._namespace, block.block_hash, block.parent_hash, depth, block.token_ids, block.part
+        )
         encoded = encode_block(identity, block.payload)
-        refusal = self._budget.reserve(self._namespace, block.block_hash, block.parent_hash, encoded.size_bytes)
+        refusal = self._budget.reserve(
+            self._namespace, block.block_hash, block.parent_hash, encoded.size_bytes, block.part
+        )
         if refusal is not None:
             return SaveResult(refusal, encoded.size_bytes)
         temporary = temporary_path(self._directory, self._namespace, block.block_hash, self._budget.owner)
@@ -206,6 +213,7 @@ class BlockPublisher:
                             size_bytes=size_bytes,
                             created_s=time.time(),
                             last_used=self._index.stamp_for_child(parent, self._namespace),
+                            part=block.part,
                         )
                     )
                     self._index.remove_unpublished(self._namespace, block.block_hash, self._budget.owner)

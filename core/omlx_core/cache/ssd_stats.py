@@ -18,6 +18,7 @@ class SSDCacheStats:
     Attributes:
         num_blocks: published blocks in the folder, over all namespaces.
         size_bytes: bytes in the folder that count towards the budget, files being written included.
+        checkpoint_bytes: those of checkpoints among them, which count towards their share too.
         bytes_written_last_day: bytes of files written to the folder in the last 24 hours, by all processes.
         bytes_written_ever: bytes of files written to the folder so far, by all processes.
         bytes_written: bytes of block files published by this process.
@@ -35,6 +36,7 @@ class SSDCacheStats:
 
     num_blocks: int = 0
     size_bytes: int = 0
+    checkpoint_bytes: int = 0
     bytes_written_last_day: int = 0
     bytes_written_ever: int = 0
     bytes_written: int = 0

@@ -16,6 +16,7 @@ from functools import partial
 
 from omlx_core.cache.block_file import encode_token_ids
 from omlx_core.cache.block_hash import BlockHash
+from omlx_core.cache.parts import CHECKPOINT, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskLimits, SaveOutcome
 from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, NewBlock
@@ -36,6 +37,7 @@ class SaveRequest:
     token_ids: tuple[int, ...]
     payload: BlockPayload
     size_bytes: int
+    part: Part
     on_complete: Callable[[BlockHash, bool], None] | None
 
 
@@ -176,6 +178,7 @@ class BlockWriter:
             request.parent_hash,
             encode_token_ids(request.token_ids),
             request.payload,
+            request.part,
             replaces_file=request.block_hash in self.unreadable,
         )
         result = self._publisher.save(block)
@@ -183,12 +186,20 @@ class BlockWriter:
             self.unreadable.pop(request.block_hash, None)
             self._stats.count_written(1, result.size_bytes)
         elif not result.outcome.is_on_disk:
-            self._report_refusal(result.outcome, result.size_bytes)
+            self._report_refusal(result.outcome, request.part, result.size_bytes)
         return result.outcome.is_on_disk
 
-    def _report_refusal(self, outcome: SaveOutcome, size_bytes: int) -> None:
+    def _report_refusal(self, outcome: SaveOutcome, part: Part, size_bytes: int) -> None:
         limits = self._limits
-        if outcome is SaveOutcome.TOO_LARGE:
+        if outcome is SaveOutcome.TOO_LARGE and part == CHECKPOINT and size_bytes > limits.max_checkpoint_bytes:
+            self._stats.warn(
+                "checkpoint size",
+                "checkpoint_share=%s of paged_ssd_cache_max_size=%s is too small for a checkpoint of %s; not written",
+                limits.checkpoint_share,
+                format_size(limits.max_size_bytes),
+                format_size(size_bytes),
+            )
+        elif outcome is SaveOutcome.TOO_LARGE:
             self._stats.warn(
                 "size",
                 "paged_ssd_cache_max_size=%s is too small for a block of %s and those before it; not written",

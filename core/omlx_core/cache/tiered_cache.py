@@ -19,7 +19,7 @@ from omlx_core.cache.block_pool import CacheBlock
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
-from omlx_core.cache.parts import WINDOW, PartKey, PrefixContent, hash_part
+from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.pending_restore import Content, PendingRestore, lost
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
@@ -180,6 +180,10 @@ class TieredCache:
         for key, payload in content.parts.items():
             self._paged.promote(table.parts[key], payload)
 
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second table over the same blocks; see `PagedCacheManager.fork_block_table`. To be released, too."""
+        return self._paged.fork_block_table(table)
+
     def discard(self, table: BlockTable) -> None:
         """Give up a matched prefix that could not be put to use; the sequence is then computed from its start."""
         self._paged.truncate(table, 0)
@@ -222,7 +226,8 @@ class TieredCache:
         if self._ssd is not None and self._hand_over(table, self._ssd):
             block_hash = table.blocks[key.position].block_hash
             if block_hash is not None:
-                in_cold_tier = self._save(self._ssd, hash_part(block_hash, key.part), block_hash, (), payload)
+                part_hash = hash_part(block_hash, key.part)
+                in_cold_tier = self._save(self._ssd, part_hash, block_hash, (), payload, part=key.part)
         if self._paged.commit_part(table, key, payload, in_cold_tier=in_cold_tier) and not in_cold_tier:
             table.unsaved_parts.add(key)
 
@@ -338,7 +343,7 @@ class TieredCache:
             part = table.parts[key]
             if part.block_hash is not None and part.payload is not None and not ssd.has_block(part.block_hash):
                 parent_hash = table.blocks[key.position].block_hash
-                if not self._save(ssd, part.block_hash, parent_hash, (), part.payload):
+                if not self._save(ssd, part.block_hash, parent_hash, (), part.payload, part=key.part):
                     return ssd.stats().queued_blocks == 0
             table.unsaved_parts.discard(key)
         return True
@@ -350,11 +355,13 @@ class TieredCache:
         parent_hash: BlockHash | None,
         token_ids: Sequence[int],
         payload: BlockPayload,
+        *,
+        part: Part = ROWS,
     ) -> bool:
         """Queue a block for writing, unless it would be dropped there for want of its parent."""
         if parent_hash is not None and not ssd.has_block(parent_hash):
             return False
-        return ssd.save_block(block_hash, parent_hash, token_ids, payload, on_complete=self._on_written)
+        return ssd.save_block(block_hash, parent_hash, token_ids, payload, on_complete=self._on_written, part=part)
 
     def _on_written(self, block_hash: BlockHash, is_on_disk: bool) -> None:
         del block_hash, is_on_disk  # either way the queue has room again
