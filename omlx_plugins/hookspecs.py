@@ -33,6 +33,23 @@ def omlx_register_adapters(register: RegisterAdapter) -> None:
     """
 
 
+class RegisterStateHandler(Protocol):
+    """What `omlx_register_state_handlers` calls, once for each cache class."""
+
+    def __call__(self, cache_class: str, handler: str) -> None:
+        """Register ``"package.module:attribute"`` for ``"package.module:Class"``; see `register_state_handler`."""
+
+
+@hookspec
+def omlx_register_state_handlers(register: RegisterStateHandler) -> None:
+    """Teach the prefix cache classes of layer caches that mlx-lm doesn't have.
+
+    The handler, a `RowHandler` or a `CheckpointHandler` of `omlx_core.state.protocols` or what makes one, is imported
+    when an adapter opens a model with such a cache. A class that is built in can't be registered; of two plugins that
+    register one class, the first by name counts.
+    """
+
+
 @hookspec
 def omlx_cache_event(event: CacheEvent) -> None:
     """Hear of a hit, a miss, or blocks stored, written, read, evicted or found corrupt, of every adapter's engine.

@@ -1,4 +1,4 @@
-"""Finding plugins and the adapters that they register.
+"""Finding plugins, and the adapters and state handlers that they register.
 
 One broken plugin must not take the others down: each is imported, checked and called on its own, and what fails is
 named in a `PluginWarning` and left out. (`pluggy.PluginManager.load_setuptools_entrypoints` stops at the first.)
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from omlx_core.errors import MissingDependencyError, UnknownPluginError
+from omlx_core.state.registry import check_state_handler, register_state_handler
 from omlx_plugins import hookspecs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class PluginWarning(UserWarning):
-    """A plugin, or an adapter of one, was left out."""
+    """A plugin, or an adapter or a state handler of one, was left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +110,26 @@ def forward_cache_events(engine: Engine) -> None:
         engine.cache.subscribe(listener)
 
 
+@functools.cache
+def register_state_handlers() -> None:
+    """Tell the engine of every plugin's state handlers; to be called before an engine is made, once is enough."""
+    for handler in _discover().state_handlers.values():
+        first = register_state_handler(handler.cache_class, handler.target)
+        if first != handler.target:
+            _warn(_taken_message(handler, first))
+
+
+@dataclass(frozen=True, slots=True)
+class _StateHandler:
+    cache_class: str
+    target: str
+    plugin: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Discovery:
     adapters: dict[str, Adapter]
+    state_handlers: dict[str, _StateHandler]
     listeners: list[Listener]
 
 
@@ -121,18 +139,21 @@ _forwarded_lock = threading.Lock()
 
 @functools.cache
 def _discover() -> _Discovery:
-    """The adapters and the listeners of all entry points.
+    """What all entry points register.
 
     Of two adapters of one name the first counts: this distribution's own, then in the order of the plugins' names,
-    so that installing a plugin never replaces a built-in and the outcome doesn't depend on the file system.
+    so that installing a plugin never replaces a built-in and the outcome doesn't depend on the file system. The same
+    goes for state handlers of one class.
     """
     adapters: dict[str, Adapter] = {}
+    state_handlers: dict[str, _StateHandler] = {}
     listeners: list[Listener] = []
     for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_discovery_order):
         plugin = _plugin_name(entry_point)
         try:
             hooks = _load_hooks(entry_point, plugin)
             registered = _registered_adapters(hooks, plugin)
+            handlers = _registered_state_handlers(hooks, plugin)
         except Exception as exc:
             reason = " ".join(f"{type(exc).__name__}: {exc}".split())
             _warn(f"the plugin {plugin!r} ({entry_point.value}) is left out: {reason}")
@@ -146,7 +167,11 @@ def _discover() -> _Discovery:
                     f"the adapter {adapter.name!r} of the plugin {plugin!r} is left out: {first.plugin!r} "
                     "registered that name first"
                 )
-    return _Discovery(adapters, listeners)
+        for handler in handlers:
+            taken_by = state_handlers.setdefault(handler.cache_class, handler)
+            if taken_by.target != handler.target:
+                _warn(_taken_message(handler, f"{taken_by.target} of {taken_by.plugin!r}"))
+    return _Discovery(adapters, state_handlers, listeners)
 
 
 def _load_hooks(entry_point: EntryPoint, plugin: str) -> pluggy.HookRelay:
@@ -175,6 +200,18 @@ def _registered_adapters(hooks: pluggy.HookRelay, plugin: str) -> list[Adapter]:
     return adapters
 
 
+def _registered_state_handlers(hooks: pluggy.HookRelay, plugin: str) -> list[_StateHandler]:
+    """Call a plugin for its state handlers; nothing of one that fails on the way remains."""
+    handlers: list[_StateHandler] = []
+
+    def register(cache_class: str, handler: str) -> None:
+        check_state_handler(cache_class, handler)
+        handlers.append(_StateHandler(cache_class, handler, plugin))
+
+    hooks.omlx_register_state_handlers(register=register)
+    return handlers
+
+
 def _plugin_name(entry_point: EntryPoint) -> str:
     distribution = entry_point.dist.name if entry_point.dist else "unknown distribution"
     return f"{distribution}: {entry_point.name}"
@@ -182,6 +219,13 @@ def _plugin_name(entry_point: EntryPoint) -> str:
 
 def _discovery_order(entry_point: EntryPoint) -> tuple[bool, str]:
     return entry_point.module.partition(".")[0] != __package__, _plugin_name(entry_point)
+
+
+def _taken_message(handler: _StateHandler, first: str) -> str:
+    return (
+        f"the state handler {handler.target} of the plugin {handler.plugin!r} is left out: {first} was registered for "
+        f"{handler.cache_class} first"
+    )
 
 
 def _warn(message: str) -> None:

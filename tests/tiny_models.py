@@ -30,7 +30,7 @@ def tiny_llama(dtype: str = "float32", seed: int = 0, **overrides: Any) -> Any:
     return _with_random_weights(Model(ModelArgs(**{**options, **overrides})), dtype, seed)
 
 
-def tiny_gemma3(window: int = 48, dtype: str = "float32", seed: int = 0) -> Any:
+def tiny_gemma3(window: int = 48, head_dim: int = 16, dtype: str = "float32", seed: int = 0) -> Any:
     """A gemma3 with four layers of a sliding window and two of full attention."""
     from mlx_lm.models.gemma3_text import Model, ModelArgs
 
@@ -40,7 +40,7 @@ def tiny_gemma3(window: int = 48, dtype: str = "float32", seed: int = 0) -> Any:
         num_hidden_layers=6,
         intermediate_size=128,
         num_attention_heads=4,
-        head_dim=16,
+        head_dim=head_dim,
         rms_norm_eps=1e-6,
         vocab_size=VOCAB_SIZE,
         num_key_value_heads=2,

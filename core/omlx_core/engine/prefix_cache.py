@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from omlx_core.cache.block_hash import hash_namespace
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.tiered_cache import TieredCache
+from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.model.fingerprint import describe_namespace
 from omlx_core.model.loading import LoadedModel, architecture_of
 from omlx_core.settings import CacheSettings
@@ -27,8 +29,20 @@ _CUT_DEPENDENT = {
 }
 
 
-def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[TieredCache, PromptStateCodec | None]:
+def _computes_single_tokens_in_latents(model: Any) -> bool:
+    """Whether a model has latent attention of the kind that absorbs its projections for a single token."""
+    return any(isinstance(module, (MultiLinear, QuantizedMultiLinear)) for module in model.modules())
+
+
+def open_prefix_cache(
+    loaded: LoadedModel, settings: CacheSettings, prompt_caches: PromptCaches
+) -> tuple[TieredCache, PromptStateCodec | None]:
     """Open both tiers for a model.
+
+    Args:
+        loaded: the model.
+        settings: how prefixes are cached.
+        prompt_caches: makes the model's prompt caches.
 
     Returns:
         The cache, and how the model's state is cut into blocks. No codec means that the model runs uncached, because
@@ -37,15 +51,18 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
     Raises:
         CacheDirectoryError: the SSD tier's folder can't be used.
     """
-    template = make_prompt_cache(loaded.model)
     codec = None
-    architecture = architecture_of(loaded.model)
+    architecture = architecture_of(getattr(loaded.model, "target", loaded.model))  # behind a draft, if there is one
     if architecture in _CUT_DEPENDENT:
         logger.warning("%s runs without a prefix cache: %s", loaded.name, _CUT_DEPENDENT[architecture])
     elif not settings.no_cache:
         try:
-            is_latent = getattr(getattr(loaded.model, "args", None), "kv_lora_rank", None) is not None
-            codec = PromptStateCodec(template, settings.block_size, is_latent=is_latent)
+            codec = PromptStateCodec(
+                prompt_caches.make(),
+                settings.block_size,
+                find=prompt_caches.find_handler,
+                is_latent=_computes_single_tokens_in_latents(loaded.model),
+            )
         except UnsupportedLayerError as exc:
             logger.warning("%s runs without a prefix cache: no way to cut %s into blocks", loaded.name, exc)
     description = describe_namespace(
@@ -69,6 +86,7 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
             description=description,
             min_free_bytes=location.min_free_bytes,
             write_budget_bytes=location.write_budget_bytes,
+            checkpoint_share=settings.checkpoint_share,
             read_only=location.read_only,
             events=events,
         )
@@ -77,6 +95,7 @@ def open_prefix_cache(loaded: LoadedModel, settings: CacheSettings) -> tuple[Tie
         block_size=settings.block_size,
         initial_blocks=settings.initial_cache_blocks,
         hot_max_bytes=settings.hot_cache_max_bytes,
+        checkpoint_share=settings.checkpoint_share,
         cold=ssd,
         events=events,
     )

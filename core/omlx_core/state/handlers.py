@@ -7,57 +7,21 @@ arrays. Each leaf class belongs to a family, and each family keeps its content i
 - ``"window"``: the same, of which a restore needs the last window's worth (sliding windows);
 - ``"checkpoint"``: the whole state at the block's end, whatever came before it (recurrent layers).
 
-A class that no handler names is not cached at all: a guess that is wrong would be a wrong answer.
+For classes that mlx-lm doesn't have, `omlx_core.state.registry` takes handlers. A class that no handler names is not
+cached at all: a guess that is wrong would be a wrong answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from omlx_core.mlx_backend import mx
 
 from mlx_lm.models import cache as mlx_lm_cache
 
-Arrays = Mapping[str, mx.array]
-
-FetchRows = Callable[[int, int], list[Arrays]]
-"""The captured rows of tokens ``[start, stop)``, as consecutive pieces."""
-
-
-class RowHandler(Protocol):
-    """A family that keeps rows per token."""
-
-    def describe(self, leaf: Any) -> str:
-        """What tells this leaf from others that would keep other rows; part of the namespace."""
-        ...
-
-    def num_tokens(self, leaf: Any) -> int:
-        """Tokens that a leaf has seen."""
-        ...
-
-    def window(self, leaf: Any) -> int | None:
-        """Tokens after which a row may be dropped; None if none ever is, and a restore needs them all."""
-        ...
-
-    def rows(self, leaf: Any, start: int, stop: int) -> dict[str, mx.array] | None:
-        """Lazy copies of the rows of tokens ``[start, stop)``; None if some have left the window."""
-        ...
-
-    def needed(self, leaf: Any, num_tokens: int) -> list[tuple[int, int]]:
-        """The tokens ``[start, stop)`` whose rows a restore at `num_tokens` needs, in order."""
-        ...
-
-    def restore(self, leaf: Any, fetch: FetchRows, num_tokens: int, capacity: int) -> Any:
-        """A fresh leaf that has seen `num_tokens` tokens.
-
-        Args:
-            leaf: a leaf of the same layer, for its settings.
-            fetch: gives the rows that `needed` names.
-            num_tokens: tokens that it has seen.
-            capacity: tokens to have room for without reallocation.
-        """
-        ...
+from omlx_core.state.protocols import Arrays, FetchRows, Handler
+from omlx_core.state.registered import find_registered_handler
 
 
 class TokenSlicedHandler:
@@ -212,8 +176,6 @@ class RecurrentHandler:
         return restored
 
 
-Handler = RowHandler | RecurrentHandler
-
 _HANDLERS: dict[type, Handler] = {
     mlx_lm_cache.KVCache: TokenSlicedHandler(),
     mlx_lm_cache.RotatingKVCache: WindowedHandler(),
@@ -223,8 +185,8 @@ _HANDLERS: dict[type, Handler] = {
 
 
 def find_handler(leaf: Any) -> Handler | None:
-    """The handler of a leaf's exact class; a subclass may keep more than its parent does."""
-    return _HANDLERS.get(type(leaf))
+    """The handler of a leaf's exact class, built in or registered; a subclass may keep more than its parent does."""
+    return _HANDLERS.get(type(leaf)) or find_registered_handler(leaf)
 
 
 def leaves_of(prompt_cache: Sequence[Any]) -> dict[str, Any]:

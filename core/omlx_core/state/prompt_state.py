@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omlx_core.mlx_backend import mx
@@ -12,7 +12,9 @@ from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixConte
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
-from omlx_core.state.handlers import Arrays, RecurrentHandler, RowHandler, find_handler, leaves_of, rebuild
+from omlx_core.state.handlers import find_handler, leaves_of, rebuild
+from omlx_core.state.protocols import Arrays, CheckpointHandler, Handler, RowHandler
+from omlx_core.state.registry import class_name
 
 PromptCache = list[Any]
 """One mlx-lm cache object per layer, as its `make_prompt_cache` gives it."""
@@ -28,29 +30,37 @@ class PromptStateCodec:
     Args:
         template: a prompt cache of the model, fresh or used; only its classes and settings matter.
         block_size: tokens per block.
+        find: gives a layer's handler, or None.
         is_latent: the model has latent attention, whose cache class doesn't tell.
 
     Raises:
         UnsupportedLayerError: naming the classes that can't be cached.
     """
 
-    def __init__(self, template: PromptCache, block_size: int, *, is_latent: bool = False) -> None:
+    def __init__(
+        self,
+        template: PromptCache,
+        block_size: int,
+        *,
+        find: Callable[[Any], Handler | None] = find_handler,
+        is_latent: bool = False,
+    ) -> None:
         self._template = template
         self._block_size = block_size
         self._is_latent = is_latent
         self._rows: dict[str, RowHandler] = {}
         self._windows: dict[str, RowHandler] = {}
-        self._checkpoints: dict[str, RecurrentHandler] = {}
+        self._checkpoints: dict[str, CheckpointHandler] = {}
         self._leaves = leaves_of(template)
         self.layout: list[str] = []
         unknown = set()
         for path, leaf in self._leaves.items():
-            handler = find_handler(leaf)
+            handler = find(leaf)
             if handler is None:
-                unknown.add(type(leaf).__name__)
+                unknown.add(class_name(type(leaf)))
                 continue
             self.layout.append(f"{path}: {handler.describe(leaf)}")
-            if isinstance(handler, RecurrentHandler):
+            if isinstance(handler, CheckpointHandler):
                 self._checkpoints[path] = handler
             elif handler.window(leaf) is None:
                 self._rows[path] = handler
@@ -74,6 +84,18 @@ class PromptStateCodec:
         """Whether a step of one token rounds otherwise than one of several: windows and latent attention have a
         path of their own for it, and scans another length."""
         return self._is_latent or self.has_windows or self.has_checkpoints
+
+    @property
+    def max_exact_answer_tokens(self) -> int | None:
+        """How long a sequence may grow token by token and be in the state, bit for bit, of one that was read; None
+        is no limit.
+
+        The order of a full window's ring is not that of its tokens, and sums depend on it. Latent attention computes
+        a single token another way from the first.
+        """
+        if self._is_latent:
+            return 0
+        return self.smallest_window if self._windows else None
 
     @property
     def smallest_window(self) -> int:
@@ -128,10 +150,8 @@ class PromptStateCodec:
         Raises:
             CacheInvariantError: some leaf would not hold `num_tokens` tokens.
         """
-        keys = list(content.parts)
-        payloads = with_arrays([*content.rows, *content.parts.values()])
-        rows = payloads[: len(content.rows)]
-        parts = dict(zip(keys, payloads[len(content.rows) :], strict=True))
+        content = self.load(content)
+        rows, parts = content.rows, content.parts
         blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
         for key, payload in parts.items():
             blocks[key.part][key.position] = payload
@@ -152,7 +172,13 @@ class PromptStateCodec:
                 leaves[path] = recurrent.restore(self._leaves[path], states.get(path, {}))
         prompt_cache = rebuild(self._template, leaves)
         mx.eval([leaf.state for leaf in leaves.values()])
-        return prompt_cache, PrefixContent(rows, parts)
+        return prompt_cache, content
+
+    def load(self, content: PrefixContent) -> PrefixContent:
+        """The same content with MLX arrays, made where there are none."""
+        payloads = with_arrays([*content.rows, *content.parts.values()])
+        rows, parts = payloads[: len(content.rows)], payloads[len(content.rows) :]
+        return PrefixContent(rows, dict(zip(content.parts, parts, strict=True)))
 
     def window_rows(self, prompt_cache: PromptCache, start: int, stop: int) -> dict[str, mx.array] | None:
         """Lazy copies of the windowed leaves' rows of tokens ``[start, stop)``; None if some are gone."""

@@ -25,6 +25,13 @@ class WindowRecorder:
         self._pieces: dict[int, list[dict[str, mx.array]]] = {}
         self._is_broken = False
 
+    def fork(self) -> WindowRecorder:
+        """A recorder that goes on from here by itself."""
+        forked = WindowRecorder(self._codec, self._block_size, self.num_tokens)
+        forked._pieces = {position: list(pieces) for position, pieces in self._pieces.items()}
+        forked._is_broken = self._is_broken
+        return forked
+
     def record(self, prompt_cache: PromptCache, num_tokens: int) -> None:
         """Keep the rows from where the last call ended up to `num_tokens`, which `prompt_cache` must hold.
 

@@ -1,0 +1,99 @@
+"""The prompt caches of one model, as the settings want them: bounded, quantized, or as mlx-lm makes them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from omlx_core.mlx_backend import mx
+
+from mlx.utils import tree_map
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from omlx_core.errors import InvalidSettingError
+from omlx_core.settings import EngineSettings
+from omlx_core.state.handlers import find_handler, leaves_of, rebuild
+from omlx_core.state.prompt_state import PromptCache
+from omlx_core.state.protocols import Handler
+from omlx_core.state.quantized import KVQuantization, QuantizedHandler
+
+logger = logging.getLogger(__name__)
+
+
+def fork_prompt_cache(prompt_cache: PromptCache) -> PromptCache:
+    """A prompt cache of the same content that goes on by itself; no element is copied until either is written to."""
+    forked = {}
+    for path, leaf in leaves_of(prompt_cache).items():
+        forked[path] = copy.copy(leaf)
+        # mlx-lm's caches write to slices of their arrays, which changes the Python object in place.
+        vars(forked[path]).update(tree_map(lambda item: item[...] if isinstance(item, mx.array) else item, vars(leaf)))
+    return rebuild(prompt_cache, forked)
+
+
+class PromptCaches:
+    """Makes a model's prompt caches, and quantizes them when they are long enough. Belongs to the MLX thread.
+
+    Args:
+        model: the mlx-lm model, loaded.
+        name: its name, for errors and the log.
+        settings: `max_kv_size`, `kv_bits`, `kv_group_size` and `quantized_kv_start` count here.
+        block_size: tokens per block of the prefix cache; keys and values are quantized at the end of a block.
+
+    Attributes:
+        quantization: how keys and values are quantized; None if they are not.
+
+    Raises:
+        InvalidSettingError: the model can't run on quantized keys and values, or has none that could be.
+    """
+
+    def __init__(self, model: Any, name: str, settings: EngineSettings, block_size: int) -> None:
+        self._model = model
+        self._max_kv_size = settings.max_kv_size
+        self.quantization: KVQuantization | None = None
+        if settings.max_kv_size is not None and hasattr(model, "make_cache"):
+            logger.warning("max_kv_size=%d has no effect on %s, which sets its own", settings.max_kv_size, name)
+        if settings.kv_bits is not None:
+            start_tokens = -(-settings.quantized_kv_start // block_size) * block_size
+            self.quantization = KVQuantization(settings.kv_bits, settings.kv_group_size, start_tokens)
+            self._try_quantized(name)
+
+    def make(self) -> PromptCache:
+        """A fresh prompt cache."""
+        cache: PromptCache = make_prompt_cache(self._model, self._max_kv_size)
+        return cache
+
+    def prepare_step(self, prompt_cache: PromptCache) -> None:
+        """To be called before each step of a sequence: quantizes what is due."""
+        if self.quantization is not None:
+            self.quantization.apply(prompt_cache)
+
+    @property
+    def must_stop_at(self) -> int | None:
+        """A number of tokens that no step of a sequence may go past unless it starts there."""
+        return self.quantization.start_tokens if self.quantization else None
+
+    def find_handler(self, leaf: Any) -> Handler | None:
+        """How the prefix cache keeps a layer."""
+        if self.quantization is not None and type(leaf) is KVCache:
+            return QuantizedHandler(self.quantization)
+        return find_handler(leaf)
+
+    def _try_quantized(self, name: str) -> None:
+        """Run three tokens: attention of one's own, sinks, and odd head sizes fail on quantized keys and values."""
+        how = KVQuantization(self.quantization.bits, self.quantization.group_size, 0) if self.quantization else None
+        prompt_cache = self.make()
+        if how is None or not any(how.is_due(leaf) for leaf in leaves_of(prompt_cache).values()):
+            raise InvalidSettingError(
+                f"kv_bits={self.quantization and self.quantization.bits}: {name} has no layer with full attention to "
+                "quantize: leave kv_bits out"
+            )
+        how.apply(prompt_cache)
+        try:
+            for token_ids in ([0, 0], [0]):
+                mx.eval(self._model(mx.array([token_ids]), cache=prompt_cache))
+        except Exception as exc:
+            raise InvalidSettingError(
+                f"kv_bits={how.bits}, kv_group_size={how.group_size}: {name} can't run on quantized keys and values "
+                f"({type(exc).__name__}: {exc}): leave kv_bits out, or try another kv_group_size"
+            ) from exc
