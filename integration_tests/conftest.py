@@ -10,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from integration_tests.architectures.page import PageWriter
 from omlx_core.engine.shared import close_shared_engines
 from omlx_core.model.sample_model import ensure_sample_model
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # With xdist, the reports of all workers come together in the process that has no `workerinput`.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(PageWriter(ROOT / "docs" / "architectures.md"))
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +51,15 @@ def document() -> str:
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python in a new process whose user cache folder is a temporary one."""
 
-    def run(*arguments: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, stdin: str = "", timeout_s: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
         return subprocess.run(
             [sys.executable, *arguments],
             env={**os.environ, **home, **environment},
             cwd=ROOT,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=timeout_s,

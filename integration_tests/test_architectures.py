@@ -5,129 +5,128 @@ import os
 # Before anything imports MLX: on the reference BLAS equal work gives equal bits.
 os.environ["OMLX_OPENBLAS"] = "0"
 
-import random
+import itertools
+import json
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
-from omlx_core.mlx_backend import backend_name
+from omlx_core.mlx_backend import backend_name, mx
 
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from integration_tests.architectures import (
     ARCHITECTURES,
     CUT_DEPENDENT,
-    CUT_TOLERANCE,
+    FAMILIES,
     NOT_TRIED,
+    UNKNOWN_CACHE,
     UNLIKE_ALONE_IN_BATCH,
     build_tiny,
 )
-from omlx_core import CacheSettings, Engine
-from omlx_core.model.loading import LoadedModel
+from integration_tests.architectures.page import PROPERTY, PageWriter, Row
+from integration_tests.architectures.situations import BLOCK_SIZE, SHARED_TOKENS, open_tiny_engine, tokens
+from integration_tests.architectures.trial import compare, run_trial
+from omlx_core.engine import prefix_cache, sequential_batch
 
-BLOCK_SIZE = 16
-# The token after an answer is computed in a step of its own in one run and among others in the other: windows and
-# latent attention then sum in another order (see CUT_TOLERANCE).
-NEXT_TURN_TOLERANCE = 3e-5
-# Its cache class is its own, and no handler knows it.
-UNKNOWN = {"deepseek_v41"}
+# A new process takes longer to start than to restore an architecture, so that each serves several.
+MAX_GROUP_SIZE = 11
 
 
-def tokens(count, seed):
-    return random.Random(seed).choices(range(512), k=count)
+def in_groups(names):
+    """Neighbours together, in groups of about the same size."""
+    count = -(-len(names) // MAX_GROUP_SIZE)
+    bounds = [len(names) * index // count for index in range(count + 1)]
+    return [names[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def open_engine(name, **cache):
-    """The model is made on the engine's own thread, as a loaded one is: some keep arrays that can't leave it."""
-    engine = Engine.__new__(Engine)
-    engine._start(name, lambda: LoadedModel(build_tiny(name), None, name, {}, None), CacheSettings(**cache), None)
-    return engine
-
-
-def answer(engine, prompt):
-    return engine.generate(prompt, max_tokens=8, logprobs=True)
-
-
-def assert_same(result, cold, tolerance):
-    assert result.token_ids == cold.token_ids
-    if tolerance:
-        assert result.logprobs == pytest.approx(cold.logprobs, abs=tolerance)
-    else:
-        assert result.logprobs == cold.logprobs
+GROUPS = {
+    f"{family}-{group[0]}-to-{group[-1]}": group
+    for family, configs in FAMILIES.items()
+    for group in in_groups(sorted(configs, key=str.lower))
+}
 
 
 def test_every_architecture_is_tried_or_has_a_reason_not_to_be():
     import mlx_lm.models
 
-    modules = {path.stem for path in Path(mlx_lm.models.__path__[0]).glob("*.py")}
+    folder = Path(mlx_lm.models.__path__[0])
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
     tried = ARCHITECTURES.keys() | NOT_TRIED.keys()
-    assert tried <= modules
-    models = {name for name in modules if "class ModelArgs" in source_of(name) and "class Model(" in source_of(name)}
+    assert tried <= sources.keys()
+    models = {name for name, source in sources.items() if "class ModelArgs" in source and "class Model(" in source}
     assert models <= tried
 
 
-def source_of(name):
-    import mlx_lm.models
-
-    return (Path(mlx_lm.models.__path__[0]) / f"{name}.py").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - CUT_DEPENDENT.keys() - UNKNOWN))
-def test_architecture_is_restored_from_both_tiers(name, tmp_path: Path):
+@pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
+def test_restored_prefixes_change_no_answer(names, tmp_path: Path, run_python, record_property):
     assert backend_name() == "cpu", "this test compares bits and needs a process that has not loaded OpenBLAS"
-    trunk = tokens(150, seed=1)
-    with open_engine(name, no_cache=True) as engine:
-        first = answer(engine, trunk)
-        prompts = {
-            "exact repeat": trunk,
-            "next turn": trunk + first.token_ids + tokens(20, seed=2),
-            "branch inside a block": trunk[:100] + tokens(30, seed=3),
-            "branch at a boundary": trunk[:96] + tokens(30, seed=4),
-            "branch at the same boundary": trunk[:96] + tokens(30, seed=5),
-        }
-        cold = {case: answer(engine, prompt) for case, prompt in prompts.items()}
-    exact = CUT_TOLERANCE.get(name, 0)
-    tolerance = {case: max(exact, NEXT_TURN_TOLERANCE) if case == "next turn" else exact for case in prompts}
-
-    with open_engine(name, block_size=BLOCK_SIZE) as engine:
-        assert_same(answer(engine, trunk), first, exact)
-        from_ram = {case: answer(engine, prompt) for case, prompt in prompts.items()}
-        engine.cache.check()
-
-    settings = {"block_size": BLOCK_SIZE, "paged_ssd_cache_dir": tmp_path}
-    with open_engine(name, **settings) as engine:
-        assert_same(answer(engine, trunk), first, exact)
-    from_ssd = {}
-    for case, prompt in prompts.items():
-        with open_engine(name, **settings) as engine:
-            from_ssd[case] = answer(engine, prompt)
-
-    for case in prompts:
-        assert_same(from_ram[case], cold[case], tolerance[case])
-        assert_same(from_ssd[case], cold[case], tolerance[case])
-        assert from_ram[case].usage.cached_tokens == from_ssd[case].usage.cached_tokens_cold
-    reused = {case: result.usage.cached_tokens for case, result in from_ram.items()}
-    assert reused["exact repeat"] == 144
-    assert reused["next turn"] >= 144
-    # Recurrent layers can be restored only where their state was kept: the first branch keeps it for the next.
-    assert reused["branch inside a block"] in (0, 96)
-    assert reused["branch at the same boundary"] == 96
+    trials, problems = {}, []
+    for name in names:
+        try:
+            trials[name] = run_trial(name, tmp_path / name)
+        except Exception:  # the others of the group are tried all the same
+            problems.append(f"{name}: {traceback.format_exc()}")
+    jobs = json.dumps({name: trial.job() for name, trial in trials.items()})
+    done = run_python("-m", "integration_tests.architectures.restore", stdin=jobs, OMLX_OPENBLAS="0")
+    if done.returncode:
+        problems.append(f"the new process ended with {done.returncode}: {done.stderr}")
+    else:
+        restored = json.loads(done.stdout)
+        found = {name: compare(trial, restored[name]) for name, trial in trials.items()}
+        problems += itertools.chain.from_iterable(found.values())
+        record_property(PROPERTY, {name: trial.row() for name, trial in trials.items() if not found[name]})
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
-@pytest.mark.parametrize("name", sorted(CUT_DEPENDENT.keys() | UNKNOWN))
-def test_model_that_cannot_be_restored_exactly_runs_uncached_and_says_so(name, caplog):
-    with open_engine(name, block_size=BLOCK_SIZE) as engine:
-        results = [answer(engine, tokens(60, seed=1)) for _ in range(2)]
-    assert [result.usage.cached_tokens for result in results] == [0, 0]
-    assert results[0].token_ids == results[1].token_ids
-    assert "runs without a prefix cache" in caplog.text
+def test_page_is_written_once_every_architecture_has_a_row_whatever_their_order(tmp_path: Path):
+    reused = dict.fromkeys(SHARED_TOKENS, 0)
+    rows = {name: Row(caches="KVCache", parts=["rows"], is_batched=True, reused=reused) for name in ARCHITECTURES}
+    [first, *_, last] = rows
+    pages = [tmp_path / "forwards.md", tmp_path / "backwards.md"]
+    for page, missing in zip(pages, (last, first), strict=True):
+        writer = PageWriter(page)
+        for recorded in ({name: row for name, row in rows.items() if name != missing}, {missing: rows[missing]}):
+            writer.pytest_sessionfinish()
+            assert not page.exists()
+            writer.pytest_runtest_logreport(SimpleNamespace(when="call", user_properties=[(PROPERTY, recorded)]))
+        writer.pytest_sessionfinish()
+    [text, again] = [page.read_text(encoding="utf-8") for page in pages]
+    assert all(f"\n| {name} | " in text for name in ARCHITECTURES.keys() | NOT_TRIED.keys())
+    assert text == again
+
+
+@pytest.mark.parametrize("name", sorted(CUT_DEPENDENT.keys() | UNKNOWN_CACHE))
+def test_model_that_cannot_be_restored_exactly_says_that_it_runs_uncached(name, caplog):
+    open_tiny_engine(name, block_size=BLOCK_SIZE).close()
+    assert f"{name} runs without a prefix cache" in caplog.text
+
+
+def test_engine_runs_those_uncached_whose_answers_depend_on_where_a_prompt_is_cut():
+    assert prefix_cache._CUT_DEPENDENT.keys() == CUT_DEPENDENT.keys()
+
+
+def test_engine_decodes_those_one_after_the_other_that_a_batch_answers_otherwise():
+    named = sequential_batch.UNLIKE_ALONE_IN_BATCH.keys()
+    assert named <= UNLIKE_ALONE_IN_BATCH.keys()
+    # The engine need not name those whose caches show it.
+    for name in UNLIKE_ALONE_IN_BATCH.keys() - named:
+        model = build_tiny(name)
+        prompt_cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([tokens(4, seed=1)]), cache=prompt_cache))
+        assert any(not hasattr(layer, "merge") or layer.empty() for layer in prompt_cache), name
 
 
 @pytest.mark.parametrize("name", sorted({"gpt_oss", "lfm2", "llama", *UNLIKE_ALONE_IN_BATCH}))
 def test_neighbours_of_other_lengths_change_no_answer(name):
     prompts = [tokens(length, seed=length) for length in (12, 37, 90)]
-    with open_engine(name, no_cache=True) as engine:
-        alone = [answer(engine, prompt) for prompt in prompts]
-        streams = [engine.stream(prompt, max_tokens=8, logprobs=True) for prompt in prompts]
+    options = {"max_tokens": 8, "logprobs": True}
+    with open_tiny_engine(name, no_cache=True) as engine:
+        alone = [engine.generate(prompt, **options) for prompt in prompts]
+        streams = [engine.stream(prompt, **options) for prompt in prompts]
         with ThreadPoolExecutor(len(streams)) as callers:
             together = [chunks[-1].result for chunks in callers.map(list, streams)]
     for result, expected in zip(together, alone, strict=True):

@@ -8,7 +8,9 @@ from integration_tests.architectures.table import (
     ARCHITECTURES,
     CUT_DEPENDENT,
     CUT_TOLERANCE,
+    FAMILIES,
     NOT_TRIED,
+    UNKNOWN_CACHE,
     UNLIKE_ALONE_IN_BATCH,
 )
 
@@ -16,7 +18,9 @@ __all__ = [
     "ARCHITECTURES",
     "CUT_DEPENDENT",
     "CUT_TOLERANCE",
+    "FAMILIES",
     "NOT_TRIED",
+    "UNKNOWN_CACHE",
     "UNLIKE_ALONE_IN_BATCH",
     "build_tiny",
     "describe",

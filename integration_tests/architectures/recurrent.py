@@ -20,10 +20,11 @@ _BAILING: Config = {
     "num_hidden_layers": 4,
 }
 
+# The second layer has latent attention: what it rounds otherwise reaches the states of the layers after it.
 _KIMI: Config = {
     "num_hidden_layers": 4,
     "linear_attn_config": {
-        "kda_layers": [1, 2, 3],
+        "kda_layers": [1, 3, 4],
         "num_heads": 2,
         "head_dim": 16,
         "short_conv_kernel_size": 4,
@@ -151,8 +152,9 @@ RECURRENT: dict[str, Config] = {
     "qwen3_next": config(
         EXPERTS, GATED_DELTA, num_hidden_layers=4, full_attention_interval=4, partial_rotary_factor=0.25
     ),
+    # Recurrent, recurrent, window, recurrent.
     "recurrent_gemma": config(
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         block_types=["recurrent", "recurrent", "attention"],
         conv1d_width=4,
         logits_soft_cap=30.0,
