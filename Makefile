@@ -11,17 +11,18 @@ comma := ,
 EXTRAS := all$(if $(BACKEND),$(comma)$(BACKEND))
 STAMP := $(VENV)/.setup-$(BACKEND)
 # Compares bits, and so belongs in the processes of the unit tests, which don't load OpenBLAS.
-ON_REFERENCE_BLAS := integration_tests/test_architectures.py
+ON_REFERENCE_BLAS := integration_tests/test_architectures.py integration_tests/test_stress.py
 # Processes that run the tests.
 WORKERS ?= 2
 
-.PHONY: help setup sample-model check test crashtest soak demo bench clean
+.PHONY: help setup sample-model test-models check test stress crashtest soak demo bench clean
 
 help:
 	@echo "make demo          show the cache at work, on a small real model"
 	@echo "make test          run all tests"
 	@echo "make check         ruff, formatting, mypy"
 	@echo "make crashtest     kill writing processes at every step of I/O (minutes; a part of it is in make test)"
+	@echo "make stress        ask three engines for 2,000 things from 64 threads and 64 tasks (a part is in make test)"
 	@echo "make soak          a minute of two processes at full load in one cache folder, with kills"
 	@echo "make bench         run the benchmarks"
 	@echo "make setup         create $(VENV) with everything that these need"
@@ -42,12 +43,16 @@ $(STAMP): pyproject.toml Makefile
 sample-model: setup
 	$(BIN)/python -m omlx_core.model.sample_model
 
+# The dash: without this one, a test is skipped. It is under Google's Gemma Terms of Use.
+test-models: sample-model
+	-$(BIN)/python -m integration_tests.gemma_model
+
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: setup sample-model
+test: setup test-models
 	$(BIN)/python -m pytest tests $(ON_REFERENCE_BLAS) --numprocesses $(WORKERS) --dist worksteal
 	$(BIN)/python -m pytest integration_tests $(ON_REFERENCE_BLAS:%=--ignore=%) --numprocesses $(WORKERS) --dist worksteal
 
@@ -56,6 +61,9 @@ crashtest: setup
 
 soak: setup
 	SOAK_SECONDS=60 $(BIN)/python -m pytest integration_tests/crash/test_soak.py --capture no
+
+stress: setup
+	OMLX_OPENBLAS=0 STRESS_REQUESTS=2000 $(BIN)/python -m pytest integration_tests/test_stress.py
 
 demo: setup sample-model
 	$(BIN)/omlx-plugins demo

@@ -37,14 +37,15 @@ def test_example_reuses_its_prefix_and_again_in_a_new_process(run_python, sample
     assert reused[1][0] > 0
 
 
-def test_readme_code_runs(run_python, sample_model, document, tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+def test_documented_code_runs(run_python, sample_model, document, tmp_path, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     code = "\n".join([f"handbook = {document!r}", *blocks])
     code = re.sub(r'"mlx-community/[^"]+"|"path or repo id"', repr(sample_model), code)
-    (tmp_path / "readme.py").write_text(code, encoding="utf-8")
-    succeeded(run_python(str(tmp_path / "readme.py")))
+    (tmp_path / "documented.py").write_text(code, encoding="utf-8")
+    succeeded(run_python(str(tmp_path / "documented.py")))
 
 
 def test_demo_reuses_its_context_from_everywhere_and_changes_no_answer(run_python, sample_model):

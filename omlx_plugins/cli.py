@@ -148,7 +148,9 @@ def _generate(args: argparse.Namespace) -> int:
     text = _prompt_text(args.prompt)
 
     from omlx_core import Engine
+    from omlx_plugins.plugins import register_state_handlers
 
+    register_state_handlers()
     with closing(Engine.from_pretrained(args.model, adapter_path=args.adapter_path, cache=cache)) as engine:
         prompt = [{"role": "user", "content": text}] if engine.has_chat_template else text
         started_s = time.perf_counter()
@@ -191,8 +193,9 @@ def _summary(result: GenerationResult, elapsed_s: float) -> str:
 
 
 def _ssd_summary(stats: SSDCacheStats) -> str:
+    checkpoints = f" ({format_size(stats.checkpoint_bytes)} of checkpoints)" if stats.checkpoint_bytes else ""
     return (
-        f"SSD: {stats.num_blocks} blocks, {format_size(stats.size_bytes)}; written: "
+        f"SSD: {stats.num_blocks} blocks, {format_size(stats.size_bytes)}{checkpoints}; written: "
         f"{format_size(stats.bytes_written)} now, {format_size(stats.bytes_written_last_day)} in 24 hours"
     )
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 
 import omlx_core
 from omlx_core import CacheSettings
+from omlx_core.cache.ssd_stats import SSDCacheStats
 from omlx_core.errors import ModelNotFoundError
+from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins import plugins
 from omlx_plugins.cli import main
 
@@ -26,7 +27,7 @@ class FakeLoader:
     """Stands in for the class `Engine`; `loads` has what each load was asked for."""
 
     def __init__(self) -> None:
-        self.engine = FakeEngine()
+        self.engine = FakeEngine([FakeAnswer(["Hel", "", "lo"])])
         self.loads: list[dict[str, Any]] = []
         self.failure: BaseException | None = None
 
@@ -161,14 +162,14 @@ def test_a_missing_model_is_one_line_and_exit_status_2(loader, capsys):
 
 
 def test_the_engine_is_closed_after_an_answer_and_after_an_interrupt(engine):
-    engine.error = KeyboardInterrupt()
+    engine.answers = [FakeAnswer(["Hel"], error=KeyboardInterrupt())]
     assert generate("Hi") == 130
     assert engine.is_closed
     assert engine.cancelled.is_set()
 
 
 def test_a_defect_keeps_its_traceback(engine):
-    engine.error = ZeroDivisionError()
+    engine.answers = [FakeAnswer(["Hel"], error=ZeroDivisionError())]
     with pytest.raises(ZeroDivisionError):
         generate("Hi")
     assert engine.is_closed
@@ -184,16 +185,13 @@ SUBPROCESS = """
 import itertools, sys, threading
 import omlx_core
 from omlx_core import GenerationChunk
+from omlx_core.testing import FakeEngine
 from omlx_plugins.cli import main
-from fake_engine import FakeEngine
 
 class Engine(FakeEngine):
-    def _chunks(self, prompt, options):
-        class Chunks:
-            def __iter__(self):
-                yield GenerationChunk("first\\n", [1])
-                {then}
-        return Chunks()
+    def stream(self, prompt, **options):
+        yield GenerationChunk("first\\n", [1])
+        {then}
 
     def close(self):
         print("closed", file=sys.stderr)
@@ -232,6 +230,16 @@ def test_a_reader_that_goes_away_is_no_error():
         process.wait(TIMEOUT_S)
     assert error == "closed\n"
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_bytes", "held"), [(0, "3 blocks, 2.0 MiB;"), (2**20, "3 blocks, 2.0 MiB (1.0 MiB of checkpoints);")]
+)
+def test_generate_says_what_the_ssd_tier_holds(engine, capsys, checkpoint_bytes, held):
+    stats = SSDCacheStats(num_blocks=3, size_bytes=2**21, checkpoint_bytes=checkpoint_bytes)
+    engine.cache = types.SimpleNamespace(ssd=types.SimpleNamespace(stats=lambda: stats), flush=lambda timeout_s: True)
+    assert generate("Hi") == 0
+    assert f"SSD: {held} written: 0 B now, 0 B in 24 hours" in capsys.readouterr().err
 
 
 # The other commands

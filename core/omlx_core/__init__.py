@@ -1,6 +1,6 @@
 """The engine of omlx-plugins: local models on MLX with a paged two-tier KV cache.
 
-``import omlx_core`` is cheap; MLX is imported with the first use of `Engine`.
+``import omlx_core`` is cheap; MLX is imported with the first use of `Engine`, or the first model of a `ModelPool`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from omlx_core.settings import CacheSettings, EngineSettings
 
 if TYPE_CHECKING:
     from omlx_core.engine.engine import Engine
+    from omlx_core.engine.pool import ModelPool
 
 __all__ = [
     "CacheSettings",
@@ -21,6 +22,7 @@ __all__ = [
     "GenerationChunk",
     "GenerationParams",
     "GenerationResult",
+    "ModelPool",
     "Usage",
 ]
 
@@ -30,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from omlx_core.engine.engine import Engine
 
         return Engine
+    if name == "ModelPool":
+        from omlx_core.engine.pool import ModelPool
+
+        return ModelPool
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

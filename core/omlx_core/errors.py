@@ -6,6 +6,8 @@
     ├── InvalidRequestError (ValueError)      what the caller asked for can't be done; nothing has changed
     │   ├── InvalidPromptError                empty, not token ids, not messages, beyond the context
     │   ├── InvalidParameterError             a sampling value out of range
+    │   ├── InvalidConstraintError            a schema, pattern or grammar that can't be followed
+    │   ├── InvalidToolError                  a tool, or the choice of one, that can't be used
     │   ├── MissingBlocksError (LookupError)  blocks to be exported are not on disk
     │   ├── ForeignExportError                an exported prefix belongs to another model
     │   └── UnknownParameterError (TypeError) a keyword that doesn't exist
@@ -16,7 +18,12 @@
     ├── MissingDependencyError (ImportError)  an extra or a platform backend isn't installed
     ├── UnknownPluginError (LookupError)
     ├── EngineClosedError (RuntimeError)
+    ├── EngineForkedError (RuntimeError)      the engine was made in another process
+    ├── EngineBusyError (RuntimeError)        too many requests wait in line
     ├── RequestCancelledError (RuntimeError)  the request was cancelled before it was answered
+    ├── RequestTimeoutError (TimeoutError)    the request took longer than it was given
+    ├── UnknownModelError (LookupError)       a pool has no model of that name
+    ├── ModelMemoryError (MemoryError)        a model doesn't fit what a pool may take
     ├── EngineError (RuntimeError)            a request failed inside the engine
     ├── BlockPoolExhaustedError (MemoryError) every block is in use and the pool may not grow
     ├── BlockFileError (OSError)              a block file could not be read or written
@@ -44,6 +51,14 @@ class InvalidPromptError(InvalidRequestError):
 
 class InvalidParameterError(InvalidRequestError):
     """A generation parameter is out of its range."""
+
+
+class InvalidConstraintError(InvalidRequestError):
+    """A schema, a pattern or a grammar can't be followed."""
+
+
+class InvalidToolError(InvalidRequestError):
+    """A tool, or the choice of one, can't be used."""
 
 
 class UnknownParameterError(InvalidRequestError, TypeError):
@@ -88,6 +103,26 @@ class EngineClosedError(OMLXError, RuntimeError):
 
 class RequestCancelledError(OMLXError, RuntimeError):
     """The request was cancelled before it was answered."""
+
+
+class EngineForkedError(OMLXError, RuntimeError):
+    """The engine was made in another process: threads and device memory don't survive a fork."""
+
+
+class EngineBusyError(OMLXError, RuntimeError):
+    """As many requests as are allowed wait in line already."""
+
+
+class RequestTimeoutError(OMLXError, TimeoutError):
+    """The request took longer than its `timeout_s`."""
+
+
+class UnknownModelError(OMLXError, LookupError):
+    """A pool has no model of that name."""
+
+
+class ModelMemoryError(OMLXError, MemoryError):
+    """A model doesn't fit into what a pool may take, even with all others unloaded that may be."""
 
 
 class EngineError(OMLXError, RuntimeError):

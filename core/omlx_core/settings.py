@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import platformdirs
-from pydantic import Field, StrictInt, ValidationError
+from pydantic import BeforeValidator, Field, StrictInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from omlx_core.errors import CacheDirectoryError, InvalidSettingError
 from omlx_core.sizes import parse_size_bytes, total_memory_bytes
 
 _NOMINAL_VOLUME_BYTES = 1000**4  # for checking percentages before the volume is known
+# A literal number is not read from text, which is what an environment variable holds.
+_FromEnvironment = BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value)
 
 
 def user_cache_dir() -> Path:
@@ -58,6 +60,8 @@ class CacheSettings(_Settings):
         initial_cache_blocks: block records allocated at start; the pool grows when they run out.
         hot_cache_max_size: most bytes of KV kept in RAM: bytes, ``"2GB"`` or ``"20%"`` of RAM. None and 0 mean
             no limit.
+        checkpoint_share: the largest part of each tier's size that checkpoints of recurrent layers may take, in
+            (0, 1]; rows and windows may take all of it.
         paged_ssd_cache_dir: folder of the SSD tier, ``"auto"`` for one under the user's cache directory; None
             turns the tier off.
         paged_ssd_cache_max_size: most bytes in that folder, over all models: bytes, ``"100GB"`` or ``"20%"`` of
@@ -76,6 +80,7 @@ class CacheSettings(_Settings):
     block_size: int = Field(default=256, ge=1, le=65536)
     initial_cache_blocks: int = Field(default=256, ge=1, le=10_000_000)
     hot_cache_max_size: StrictInt | str | None = None  # strict: True is no size
+    checkpoint_share: float = Field(default=0.5, gt=0, le=1)
     paged_ssd_cache_dir: Path | None = None
     paged_ssd_cache_max_size: StrictInt | str = "100GB"
     ssd_min_free: StrictInt | str | None = None
@@ -162,15 +167,84 @@ class CacheSettings(_Settings):
         )
 
 
+class PoolSettings(_Settings):
+    """How many models stay in memory.
+
+    Attributes:
+        max_model_memory: most bytes that models take, each with what its cache holds in RAM: bytes, ``"20GB"`` or
+            ``"60%"`` of the memory that MLX uses. None and 0 mean no limit.
+        model_idle_timeout_s: seconds without use after which a model is unloaded. None and 0 mean never.
+
+    Raises:
+        InvalidSettingError: a negative time, a size that isn't one, or an unknown setting.
+    """
+
+    max_model_memory: StrictInt | str | None = None  # strict: True is no size
+    model_idle_timeout_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            super().__init__(**values)
+            _ = self.max_model_memory_bytes(_NOMINAL_VOLUME_BYTES)  # a bad one fails where it was written
+
+    def max_model_memory_bytes(self, device_memory_bytes: int) -> int | None:
+        """What models may take, in bytes, of a memory of that size; None is no limit."""
+        if self.max_model_memory is None:
+            return None
+        size_bytes = parse_size_bytes(
+            self.max_model_memory, setting="max_model_memory", percent_of_bytes=device_memory_bytes
+        )
+        return size_bytes or None
+
+
 class EngineSettings(_Settings):
     """How requests are run.
 
     Attributes:
         prefill_step_size: most prompt tokens between two decode steps of the running batch.
         max_batch_size: most requests that decode together; more wait in line.
+        max_waiting_requests: most that may wait; one more is refused.
+        num_draft_tokens: how many tokens a draft model proposes at a time.
         checkpoint_stride_tokens: how far apart, in a long prompt, the state of recurrent layers is kept.
+        max_stride_checkpoints: most checkpoints that a prompt keeps at that stride; in a longer one they are wider
+            apart.
+        kv_bits: quantize keys and values to that many bits per element; None keeps them as the model computes them.
+        kv_group_size: elements that share a scale then.
+        quantized_kv_start: length of a sequence in tokens from which on it is quantized, rounded up to whole blocks.
+        max_kv_size: most tokens that a layer remembers; older ones, but the first four, are forgotten. For models
+            that don't choose their own caches; None is no limit.
+        reuse_inexact_answers: reuse what was computed token by token also where a layer rounds that otherwise than
+            a prompt: sliding windows once they are full, and latent attention. None does so on GPUs, where every
+            step rounds by its size; on CPUs such answers are read again with the next turn, so that reuse changes
+            no bit.
+        token_faithful_history: a chat or a text that goes on from an earlier sequence keeps the token ids that were
+            generated, as long as that sequence is remembered. False tokenizes every prompt anew, which often gives
+            other ids for the same text, and reuses less.
+
+    Raises:
+        InvalidSettingError: a value out of range, two that exclude each other, or an unknown setting.
     """
 
     prefill_step_size: int = Field(default=512, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
+    max_waiting_requests: int = Field(default=1024, ge=1)
+    num_draft_tokens: int = Field(default=3, ge=1, le=64)
     checkpoint_stride_tokens: int = Field(default=4096, ge=1)
+    max_stride_checkpoints: int = Field(default=32, ge=1)
+    kv_bits: Annotated[Literal[2, 3, 4, 5, 6, 8] | None, _FromEnvironment] = None
+    kv_group_size: Annotated[Literal[32, 64, 128], _FromEnvironment] = 64
+    quantized_kv_start: int = Field(default=0, ge=0)
+    max_kv_size: int | None = Field(default=None, ge=16)
+    reuse_inexact_answers: bool | None = None
+    token_faithful_history: bool = True
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            super().__init__(**values)
+            if self.kv_bits is not None and self.max_kv_size is not None:
+                raise InvalidSettingError(
+                    f"kv_bits={self.kv_bits} and max_kv_size={self.max_kv_size} exclude each other: mlx-lm can't "
+                    "quantize a cache that forgets; give one of them"
+                )

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import (
     AIMessage,
@@ -21,9 +21,10 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_tests.unit_tests import ChatModelUnitTests
 from tiny_tokenizer import tiny_tokenizer
 
-from omlx_core import CacheSettings, GenerationParams
+from omlx_core import CacheSettings, GenerationParams, ModelPool
 from omlx_core.engine import shared
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
+from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.langchain.messages import to_engine_messages
 
@@ -32,7 +33,7 @@ TIMEOUT_S = 30
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    return FakeEngine()
+    return FakeEngine([FakeAnswer(["Hel", "", "lo"])])
 
 
 @pytest.fixture
@@ -62,32 +63,30 @@ class TestStandardSuite(ChatModelUnitTests):
 
 
 def test_construction_loads_nothing(monkeypatch):
-    monkeypatch.setattr(shared, "_load", lambda key: pytest.fail("loaded"))
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: pytest.fail("loaded")))
     llm = ChatOMLX(model="some/model", max_tokens=8)
     assert llm._llm_type == "omlx"
     assert llm._get_ls_params()["ls_model_name"] == "some/model"
 
 
 def test_the_first_request_loads_the_shared_engine(monkeypatch, engine):
-    keys = []
-    monkeypatch.setattr(shared, "_slots", {})
-    monkeypatch.setattr(shared, "_load", lambda key: keys.append(key) or engine)
+    specs = []
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: specs.append(spec) or engine))
     cache = CacheSettings(block_size=16)
     ChatOMLX(model=Path("some/model"), kv_cache=cache).invoke("Hi")
     ChatOMLX(model="some/model", kv_cache=cache, temperature=0.5).invoke("Hi")
-    assert [(key.model, key.cache) for key in keys] == [("some/model", cache)]
+    assert [(spec.model, spec.cache) for spec in specs] == [("some/model", cache)]
 
 
 async def test_a_load_from_a_coroutine_leaves_the_event_loop_free(monkeypatch, engine):
     started, gate = threading.Event(), threading.Event()
 
-    def load(key: Any) -> FakeEngine:
+    def load(*_: Any) -> FakeEngine:
         started.set()
         assert gate.wait(TIMEOUT_S)
         return engine
 
-    monkeypatch.setattr(shared, "_slots", {})
-    monkeypatch.setattr(shared, "_load", load)
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=load))
     task = asyncio.create_task(ChatOMLX(model="some/model").ainvoke("Hi"))
     assert await asyncio.to_thread(started.wait, TIMEOUT_S)
     gate.set()
@@ -96,8 +95,10 @@ async def test_a_load_from_a_coroutine_leaves_the_event_loop_free(monkeypatch, e
 
 def test_the_defaults_are_the_engines():
     fields = ChatOMLX.model_fields
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "cache_salt", "store"):
-        assert getattr(GenerationParams(), name) == fields[name].default, name
+    options = {field.name for field in dataclasses.fields(GenerationParams)} & fields.keys()
+    assert {"temperature", "xtc_threshold", "repetition_penalty", "top_logprobs", "timeout_s", "store"} < options
+    defaults = {name: fields[name].get_default(call_default_factory=True) for name in options}
+    assert GenerationParams.from_options(defaults) == GenerationParams()
 
 
 def test_a_misspelled_field_is_an_error_that_suggests_the_right_one():
@@ -139,23 +140,22 @@ def test_the_options_of_model_binding_and_call_reach_the_engine_the_call_first(e
     llm.bind(max_tokens=16, stop=["b"]).invoke("Hi", max_tokens=32)
     prompt, options = engine.calls[0]
     assert prompt == [{"role": "user", "content": "Hi"}]
-    assert options == {
-        "max_tokens": 32,
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "seed": 1,
-        "stop": ["b"],
-        "logprobs": False,
-        "cache_salt": "tenant",
-        "store": True,
-    }
+    assert GenerationParams.from_options(options) == GenerationParams(
+        max_tokens=32, temperature=0.5, seed=1, stop=("b",), cache_salt="tenant"
+    )
+
+
+def test_options_that_belong_to_a_call_are_not_fields_and_reach_the_engine(engine):
+    seen = []
+    ChatOMLX(engine=engine).invoke("Hi", on_prefill=seen.append)
+    assert engine.calls[0][1]["on_prefill"] == seen.append
+    with pytest.raises(UnknownParameterError, match="'on_prefill'"):
+        ChatOMLX(engine=engine, on_prefill=seen.append)
 
 
 @pytest.mark.parametrize("call", ["invoke", "stream", "ainvoke", "astream"])
 async def test_an_unknown_keyword_is_an_error_before_the_model_is_loaded(monkeypatch, call):
-    monkeypatch.setattr(shared, "_load", lambda key: pytest.fail("loaded"))
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: pytest.fail("loaded")))
     llm = ChatOMLX(model="some/model")
     with pytest.raises(UnknownParameterError, match="'tempo'"):
         await _all(llm, call, "Hi", tempo=1)
@@ -238,7 +238,7 @@ async def test_an_async_stream_closed_early_cancels_its_request(llm, engine):
 
 @pytest.mark.parametrize("call", ["stream", "astream"])
 async def test_an_error_while_streaming_reaches_the_caller(llm, engine, call):
-    engine.error = EngineError("the request failed")
+    engine.answers = [FakeAnswer(["Hel"], error=EngineError("the request failed"))]
     with pytest.raises(EngineError, match="the request failed"):
         await _all(llm, call, "Hi")
 

@@ -5,7 +5,6 @@ import threading
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
@@ -20,9 +19,10 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.prompts import PromptTemplate
 from tiny_tokenizer import tiny_tokenizer
 
-from omlx_core import CacheSettings
+from omlx_core import CacheSettings, GenerationParams, ModelPool
 from omlx_core.engine import shared
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
+from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
 from omlx_plugins.llama_index.messages import to_engine_messages
@@ -35,7 +35,7 @@ STREAMS = ["stream_chat", "astream_chat", "stream_complete", "astream_complete"]
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    return FakeEngine()
+    return FakeEngine([FakeAnswer(["Hel", "", "lo"])])
 
 
 @pytest.fixture
@@ -45,11 +45,10 @@ def llm(engine: FakeEngine) -> OMLX:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> list[Any]:
-    """The keys of the shared engines that are loaded, which all are the fake."""
-    keys: list[Any] = []
-    monkeypatch.setattr(shared, "_slots", {})
-    monkeypatch.setattr(shared, "_load", lambda key: keys.append(key) or engine)
-    return keys
+    """What the shared engines are made from that are loaded, which all are the fake."""
+    specs: list[Any] = []
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: specs.append(spec) or engine))
+    return specs
 
 
 async def _all(llm: OMLX, form: str, text: str = "Hi", **kwargs: Any) -> list[Any]:
@@ -104,13 +103,12 @@ async def test_a_streamed_prediction_that_loads_leaves_the_event_loop_free(monke
 async def _assert_loop_is_free_while_loading(monkeypatch: Any, engine: FakeEngine, request: Any) -> None:
     started, gate = threading.Event(), threading.Event()
 
-    def load(key: Any) -> FakeEngine:
+    def load(*_: Any) -> FakeEngine:
         started.set()
         assert gate.wait(TIMEOUT_S)
         return engine
 
-    monkeypatch.setattr(shared, "_slots", {})
-    monkeypatch.setattr(shared, "_load", load)
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=load))
     task = asyncio.create_task(request)
     # A load on the event loop would keep it from opening the gate.
     assert await asyncio.to_thread(started.wait, TIMEOUT_S)
@@ -159,18 +157,9 @@ async def test_every_form_sends_the_same_request(engine, form):
     assert _text(responses[-1]) == "Hello"
     prompt, options = engine.calls[0]
     assert prompt == [{"role": "user", "content": "Hi"}]
-    assert options == {
-        "max_tokens": 3,
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "seed": None,
-        "stop": ["a"],
-        "logprobs": False,
-        "cache_salt": "tenant",
-        "store": True,
-    }
+    assert GenerationParams.from_options(options) == GenerationParams(
+        max_tokens=3, temperature=0.5, stop=("a",), cache_salt="tenant"
+    )
     assert engine.threads == [threading.get_ident()]  # no thread hopping
 
 
@@ -231,7 +220,7 @@ async def test_an_async_stream_closed_early_cancels_its_request(llm, engine, for
 
 @pytest.mark.parametrize("form", STREAMS)
 async def test_an_error_while_streaming_reaches_the_caller(llm, engine, form):
-    engine.error = EngineError("the request failed")
+    engine.answers = [FakeAnswer(["Hel"], error=EngineError("the request failed"))]
     with pytest.raises(EngineError, match="the request failed"):
         await _all(llm, form)
 

@@ -1,26 +1,14 @@
 """Requests that mlx-lm can't batch are decoded one after the other, and nothing else is different for them."""
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny_models import tiny_llama
+from tiny_prompts import BLOCK_SIZE, tokens
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, Engine
 from omlx_core.engine import scheduler
 from omlx_core.errors import EngineClosedError
-
-BLOCK_SIZE = 16
-
-
-def tokens(count, seed=1):
-    return random.Random(seed).choices(range(512), k=count)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
 
 
 @pytest.fixture
@@ -28,7 +16,7 @@ def is_sequential(monkeypatch):
     """Decides for each request; by the length of its prompt, say."""
 
     def choose(condition):
-        monkeypatch.setattr(scheduler, "needs_sequential_decoding", lambda _model, _cache, length: condition(length))
+        monkeypatch.setattr(scheduler, "needs_sequential_decoding", lambda _m, _c, length, **_: condition(length))
 
     choose(lambda _: True)
     return choose
@@ -70,7 +58,7 @@ def test_answer_is_stored_and_reused(engine):
 
 def test_end_token_and_stop_text_end_it(model, engine):
     whole = engine.generate(tokens(50), max_tokens=30)
-    engine._scheduler.run_on_thread(lambda: engine._scheduler._end_token_ids.append(whole.token_ids[5]))
+    engine._scheduler.thread.call(lambda: engine._scheduler._end_token_ids.append(whole.token_ids[5]))
     engine._scheduler._sequential_batch = None
     ended = engine.generate(tokens(50), max_tokens=30)
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,28 +10,18 @@ from omlx_core.mlx_backend import mx
 
 import pytest
 from mlx.utils import tree_flatten
-from tiny_models import VOCAB_SIZE, tiny_llama, tiny_mamba
+from model_folders import save_model_folder
+from tiny_models import tiny_llama, tiny_mamba
 
 from omlx_core.errors import ModelLoadError, ModelNotFoundError
-from omlx_core.model.loading import context_length, load_model
+from omlx_core.model.load_progress import LoadProgress, load_progress_bar
+from omlx_core.model.loading import context_length, estimate_size_bytes, load_model
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """A whole model on disk: tiny llama, one token per id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path / "models" / "tiny-llama"
-    folder.mkdir(parents=True)
-    model = tiny_llama()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    config = {key: value for key, value in vars(model.args).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({f"t{index}": index for index in range(VOCAB_SIZE)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return folder
+    return save_model_folder(tmp_path / "models" / "tiny-llama", tiny_llama())
 
 
 def test_loads_a_folder(model_folder: Path) -> None:
@@ -126,7 +117,9 @@ def test_a_missing_adapter_is_named(model_folder: Path, tmp_path: Path, missing:
         load_model(model_folder, adapter_path=str(adapter))
 
 
-def test_loads_an_adapter(model_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA adapter for one layer of the model."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     lora = {"rank": 2, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
@@ -136,7 +129,10 @@ def test_loads_an_adapter(model_folder: Path, tmp_path: Path) -> None:
         str(adapter / "adapters.safetensors"),
         {f"{name}.lora_a": mx.ones((64, 2)), f"{name}.lora_b": mx.ones((2, 64))},
     )
+    return adapter
 
+
+def test_loads_an_adapter(model_folder: Path, adapter: Path) -> None:
     loaded = load_model(model_folder, adapter_path=str(adapter))
 
     prompt = mx.array([[5, 6, 7]])
@@ -162,3 +158,153 @@ def test_context_length_comes_from_the_config_then_the_arguments_then_the_tokeni
     model: Any, config: Any, tokenizer: Any, expected: int | None
 ) -> None:
     assert context_length(model(), config, tokenizer) == expected
+
+
+# Size and progress
+
+
+def test_a_models_size_is_that_of_its_weights(model_folder: Path) -> None:
+    weights = tree_flatten(tiny_llama().parameters())
+
+    assert load_model(model_folder).size_bytes == sum(weight.nbytes for _, weight in weights)
+
+
+def test_an_array_that_is_held_twice_counts_once(model_folder: Path) -> None:
+    loaded = load_model(model_folder)
+    size_bytes = loaded.size_bytes
+
+    loaded.model.model.copy_of_a_reference = loaded.model.model.embed_tokens.weight
+
+    assert loaded.size_bytes == size_bytes
+
+
+def test_the_estimate_is_the_size_of_the_files_that_are_read(model_folder: Path, adapter: Path) -> None:
+    (model_folder / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
+    size_bytes = (model_folder / "model.safetensors").stat().st_size
+
+    assert estimate_size_bytes(model_folder) == size_bytes
+    assert size_bytes >= load_model(model_folder).size_bytes
+    adapter_bytes = (adapter / "adapters.safetensors").stat().st_size
+    assert estimate_size_bytes(model_folder, str(adapter)) == size_bytes + adapter_bytes
+
+
+def test_the_estimate_of_a_repository_is_that_of_its_downloaded_files(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        assert options["local_files_only"]
+        return str(model_folder)
+
+    monkeypatch.setattr("mlx_lm.utils.snapshot_download", snapshot_download)
+
+    assert estimate_size_bytes("owner/model-4bit") == (model_folder / "model.safetensors").stat().st_size
+
+
+def test_a_repository_that_is_not_here_has_no_estimate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    assert estimate_size_bytes("owner/model-4bit") is None
+
+
+def test_a_missing_folder_has_no_estimate_but_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="no model folder"):
+        estimate_size_bytes(tmp_path / "missing")
+
+
+def test_progress_counts_the_bytes_read_up_to_the_models_size(model_folder: Path) -> None:
+    reports: list[LoadProgress] = []
+
+    size_bytes = load_model(model_folder, on_progress=reports.append).size_bytes
+
+    assert {(report.model, report.total_bytes) for report in reports} == {(str(model_folder), size_bytes)}
+    assert [report.phase for report in reports] == ["reading"] * (len(reports) - 1) + ["ready"]
+    read_bytes = [report.read_bytes for report in reports]
+    assert read_bytes[0] == 0
+    assert read_bytes == sorted(read_bytes)
+    assert read_bytes[-2:] == [size_bytes, size_bytes]
+    assert len(set(read_bytes)) > 5
+
+
+def test_weights_are_in_memory_when_progress_says_so(model_folder: Path) -> None:
+    active_bytes: list[tuple[int, int]] = []
+    before_bytes = mx.get_active_memory()
+
+    load_model(
+        model_folder,
+        on_progress=lambda report: active_bytes.append((report.read_bytes, mx.get_active_memory() - before_bytes)),
+    )
+
+    assert len(active_bytes) > 5
+    # Small arrays come in whole buffers, so a little more is in use than was read; arrays yet to be read aren't.
+    assert all(read_bytes <= in_use_bytes < read_bytes + 64 * 1024 for read_bytes, in_use_bytes in active_bytes)
+
+
+def test_progress_says_that_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reports: list[LoadProgress] = []
+
+    with pytest.raises(ModelNotFoundError):
+        load_model("owner/model-4bit", on_progress=reports.append)
+
+    assert reports == [LoadProgress("owner/model-4bit", "downloading")]
+
+
+@pytest.mark.parametrize("phase", ["reading", "ready"])
+def test_what_a_listener_raises_gives_the_load_up(model_folder: Path, phase: str) -> None:
+    def give_up(report: LoadProgress) -> None:
+        if report.phase == phase:
+            raise TimeoutError("took too long")
+
+    with pytest.raises(TimeoutError, match="took too long"):
+        load_model(model_folder, on_progress=give_up)
+
+
+def test_a_weight_that_cannot_be_read_is_an_error_of_the_model(model_folder: Path) -> None:
+    with (model_folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)  # the header is whole, and arrays are read after it
+
+    with pytest.raises(ModelLoadError, match="tiny-llama' can't be loaded"):
+        load_model(model_folder)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_shows_the_bytes_and_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := _Terminal())
+
+    with load_progress_bar() as show:
+        show(LoadProgress("some/model", "downloading"))
+        show(LoadProgress("some/model", "reading", 0, 4000))
+        shown = terminal.getvalue()
+        show(LoadProgress("some/model", "ready", 4000, 4000))
+
+    assert "Loading some/model" in shown
+    assert "/4.00k" in shown
+    assert terminal.getvalue().endswith("\r")
+
+
+def test_the_bar_of_a_failed_load_is_gone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := _Terminal())
+
+    def load() -> None:
+        with load_progress_bar() as show:
+            show(LoadProgress("some/model", "reading", 0, 4000))
+            raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        load()
+
+    assert terminal.getvalue().endswith("\r")
+
+
+def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", output := io.StringIO())
+
+    with load_progress_bar() as show:
+        show(LoadProgress("some/model", "reading", 0, 4000))
+
+    assert output.getvalue() == ""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
-from omlx_core.mlx_backend import mx
+from omlx_core.mlx_backend import backend_name, mx
 
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import make_prompt_cache
 
+from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import CHECKPOINT, PartKey
 from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
+from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.engine.request import Request
+from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
 from omlx_core.state.recorder import WindowRecorder
 
@@ -28,51 +30,78 @@ class PrefixReuse:
     """One model's use of its cache. Belongs to the scheduler's thread.
 
     Args:
-        model: the mlx-lm model.
+        prompt_caches: makes the model's prompt caches.
         cache: where prefixes are kept.
         codec: how to cut the model's state into blocks; None runs it uncached.
-        checkpoint_stride_tokens: how far apart, in a long prompt, the state of recurrent layers is kept.
+        settings: how often checkpoints are kept, and what is reused of answers.
         wake: makes the scheduler look again; called from other threads.
     """
 
     def __init__(
         self,
-        model: Any,
+        prompt_caches: PromptCaches,
         cache: TieredCache,
         codec: PromptStateCodec | None,
         *,
-        checkpoint_stride_tokens: int,
+        settings: EngineSettings,
         wake: Callable[[], None],
     ) -> None:
-        self._model = model
+        self._prompt_caches = prompt_caches
         self._cache = cache
         self._codec = codec
-        self._checkpoint_stride_tokens = checkpoint_stride_tokens
+        self._settings = settings
+        reuses_inexact = settings.reuse_inexact_answers
+        if reuses_inexact is None:
+            reuses_inexact = backend_name() != "cpu"
+        self._max_answer_tokens = None if codec is None or reuses_inexact else codec.max_exact_answer_tokens
         self._wake = wake
+        self._num_stored = 0
         cache.on_progress(wake)
 
     def tend(self) -> None:
         """Hand on to the SSD tier what it had no room for; between steps, and whenever `wake` was called."""
         self._cache.retry_unsaved()
 
-    def begin(self, request: Request) -> bool:
-        """Give a request its prompt cache, filled from the longest cached prefix; False while that is being read."""
+    def match(self, request: Request) -> None:
+        """Find and hold the longest cached prefix of a request's prompt; what is on SSD is read from now on."""
         codec = self._codec
         if codec is None:
-            request.prompt_cache = make_prompt_cache(self._model)
+            return
+        max_tokens = self._last_boundary(len(request.prompt_ids), codec)
+        request.pending = self._cache.match(
+            request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
+        )
+        request.table = request.pending.table
+        request.matched_at = self._num_stored
+        request.pending.notify(self._wake)
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether all that a request's prefix needs is in RAM."""
+        return request.pending is None or request.pending.is_ready()
+
+    def begin(self, request: Request) -> bool:
+        """Give a matched request its prompt cache, filled from the prefix.
+
+        Returns:
+            False if it was matched anew, because more is cached now or something was lost, and is to be read first.
+        """
+        codec = self._codec
+        if codec is None or request.pending is None:
+            request.prompt_cache = self._prompt_caches.make()
             return True
-        if request.pending is None:
-            max_tokens = self._last_boundary(len(request.prompt_ids), codec)
-            request.pending = self._cache.match(
-                request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
-            )
-            request.table = request.pending.table
-            request.pending.notify(self._wake)
-        if not request.pending.is_ready():
+        if request.matched_at < self._num_stored and not request.was_matched_anew:
+            # What was stored meanwhile may be more of this very prompt. Once only: reads must come to an end.
+            request.was_matched_anew = True
+            earlier = request.pending
+            self._keep_read(earlier)
+            self._match_anew(request)
+            request.pending.replaces(earlier)
+        if not self.is_ready(request):
             return False
         num_matched = request.pending.num_matched_blocks * self._cache.block_size
         if not self._restore(request, codec):
-            return self.begin(request)
+            self._match_anew(request)
+            return self.is_ready(request) and self.begin(request)
         if codec.has_windows:
             request.recorder = WindowRecorder(codec, self._cache.block_size, request.num_computed)
         if codec.has_checkpoints:
@@ -91,18 +120,32 @@ class PrefixReuse:
             self._store_checkpoint(request, request.num_computed, payload)
 
     def generated(self, request: Request, token_ids: list[int], extract: Callable[[], PromptCache]) -> None:
-        """Keep what the layers are about to forget while an answer grows.
+        """Keep what the layers are about to forget while an answer grows. A failure costs reuse, not the answer.
 
         Args:
             request: the request.
             token_ids: tokens that its cache holds now and did not at the last call.
             extract: gives its prompt cache; costs time.
         """
-        self._account(request, token_ids)
+        try:
+            self._keep_generated(request, token_ids, extract)
+        except Exception:
+            logger.exception("an answer can't be stored in the cache any further")
+            self.leave(request)
+
+    def _keep_generated(self, request: Request, token_ids: list[int], extract: Callable[[], PromptCache]) -> None:
         codec, table = self._codec, request.table
-        if codec is None or table is None or not request.params.store:
+        if codec is None or table is None:
+            return
+        if self._max_answer_tokens is not None and table.num_tokens + len(token_ids) > self._max_answer_tokens:
+            self._end_exact_part(request, table, extract)
+            return
+        self._account(request, token_ids)
+        if not request.params.store:
             return
         is_boundary = table.num_tokens % self._cache.block_size == 0
+        if table.num_tokens == self._prompt_caches.must_stop_at:
+            self._store(request, extract())  # from here on only quantized rows can be had
         is_due = is_boundary and (codec.has_windows or codec.has_checkpoints)
         if request.recorder is not None:
             is_due = is_due or table.num_tokens - request.recorder.num_tokens >= codec.smallest_window
@@ -115,6 +158,13 @@ class PrefixReuse:
             if is_boundary and codec.has_checkpoints:
                 request.last_checkpoint = table.num_tokens, codec.capture_checkpoint(prompt_cache)
 
+    def _end_exact_part(self, request: Request, table: BlockTable, extract: Callable[[], PromptCache]) -> None:
+        """Keep the rows of the table's last tokens, which windows drop as the answer goes on; it gets no more."""
+        recorder = request.recorder
+        if recorder is not None and recorder.num_tokens < table.num_tokens and request.params.store:
+            with mx.stream(generation_stream):
+                recorder.record(extract(), table.num_tokens)
+
     def finish(self, request: Request, prompt_cache: PromptCache) -> None:
         """Store what an answer has filled, and let go."""
         try:
@@ -125,11 +175,32 @@ class PrefixReuse:
             logger.exception("an answer could not be stored in the cache")
         self.leave(request)
 
+    def fork(self, request: Request) -> None:
+        """Give the further samples of a prefilled request its blocks, to share until they write."""
+        for sample in request.samples[1:]:
+            sample.cached_tokens_hot, sample.cached_tokens_cold = request.cached_tokens_hot, request.cached_tokens_cold
+            if request.table is not None:
+                sample.table = self._cache.fork(request.table)
+            if request.recorder is not None:
+                sample.recorder = request.recorder.fork()
+
     def leave(self, request: Request) -> None:
-        """Let go of a request's blocks; those that are stored stay."""
+        """Let go of a request's blocks; those that are stored stay. Idempotent."""
         if request.table is not None:
             self._cache.release(request.table)
-        request.prompt_cache = request.pending = request.recorder = request.last_checkpoint = None
+        request.table = request.prompt_cache = request.pending = request.recorder = request.last_checkpoint = None
+
+    def _match_anew(self, request: Request) -> None:
+        if request.table is not None:
+            self._cache.release(request.table)
+        self.match(request)
+
+    def _keep_read(self, pending: PendingRestore) -> None:
+        """Put what was read from SSD into RAM, lest it be read again."""
+        if pending.is_ready() and not pending.is_hot:
+            content = pending.content()
+            if len(content.rows) == len(pending.table.blocks) and content.parts.keys() == pending.table.parts.keys():
+                self._cache.promote(pending.table, self._codec.load(content) if self._codec else content)
 
     def _restore(self, request: Request, codec: PromptStateCodec) -> bool:
         """Fill the prompt cache from the blocks that were read; False if one was lost and a match finds less."""
@@ -138,10 +209,9 @@ class PrefixReuse:
             return False
         content = self._cache.finish_restore(pending, len(request.prompt_ids))
         if content is None:
-            self._cache.release(pending.table)
             return False
         num_tokens = pending.table.num_tokens
-        request.prompt_cache = make_prompt_cache(self._model)
+        request.prompt_cache = self._prompt_caches.make()
         if not num_tokens:
             return True
         try:
@@ -165,10 +235,11 @@ class PrefixReuse:
 
         At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
         conversations; where this prompt was seen to leave an earlier one, for the third that shares their beginning;
-        and at a wide stride.
+        and at a wide stride, wider where it would take too many.
         """
-        size, stride = self._cache.block_size, self._checkpoint_stride_tokens
+        size = self._cache.block_size
         last = self._last_boundary(len(request.prompt_ids), codec)
+        stride = max(self._settings.checkpoint_stride_tokens, -(-last // self._settings.max_stride_checkpoints))
         at_stride = (at // size * size for at in range(stride, last, stride))
         wanted = {last, request.system_tokens // size * size, num_matched, *at_stride}
         return {at for at in wanted if request.num_computed < at <= last}
@@ -203,9 +274,12 @@ class PrefixReuse:
         with mx.stream(generation_stream):
             if recorder is not None:
                 recorder.record(prompt_cache, table.num_tokens)
+            num_committed = table.num_committed
             self._cache.store(table, capture)
+            self._num_stored += table.num_committed - num_committed
 
     def _store_checkpoint(self, request: Request, num_tokens: int, payload: BlockPayload) -> None:
         if request.table is not None and request.params.store:
             key = PartKey(num_tokens // self._cache.block_size - 1, CHECKPOINT)
             self._cache.store_part(request.table, key, payload)
+            self._num_stored += 1

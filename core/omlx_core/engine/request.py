@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationParams
-from omlx_core.engine.results import FinishReason, GenerationChunk, GenerationResult, Usage
+from omlx_core.engine.results import (
+    Divergence,
+    FinishReason,
+    GenerationChunk,
+    GenerationResult,
+    TokenLogprob,
+    Usage,
+)
+from omlx_core.errors import OMLXError, RequestCancelledError, RequestTimeoutError
 from omlx_core.state.prompt_state import PromptCache
 from omlx_core.state.recorder import WindowRecorder
+
+if TYPE_CHECKING:
+    from omlx_core.engine.constraint_processor import ConstraintProcessor
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[[GenerationChunk | BaseException], None]
 """Takes an answer's pieces, and in the end a chunk with the result or an exception. Called on the MLX thread."""
@@ -30,6 +45,9 @@ class Request:
         output: the answer so far.
         submitted_s: `time.perf_counter` at the call.
         system_tokens: how many tokens of the prompt belong to its system messages, if that is known.
+        on_finished: is given the answer's tokens before the result is; on the MLX thread, so it must be quick.
+        divergence: where the prompt left what the cache knows.
+        make_constraint: makes what the answer must follow; None is anything.
         table: the blocks it holds; None if the model isn't cached.
         pending: the matched prefix while its content is on the way.
         prompt_cache: the layers' state during prefill; handed to mlx-lm's batch after it.
@@ -37,6 +55,11 @@ class Request:
         recorder: keeps what windows would drop; None if the model has none.
         checkpoints_at: numbers of tokens after which the recurrent layers' state is to be kept.
         last_checkpoint: the newest state at a block boundary of the answer, with its number of tokens.
+        samples: this request, and others that want more answers to the same prompt, until they go their own ways.
+        deadline_s: `time.perf_counter` when it is to be given up; None is never.
+        is_in_line: whether it counts among those that wait.
+        matched_at: how much had been stored when it was matched.
+        was_matched_anew: whether it was matched again since.
     """
 
     prompt_ids: list[int]
@@ -45,6 +68,9 @@ class Request:
     output: OutputAssembler
     submitted_s: float = field(default_factory=time.perf_counter)
     system_tokens: int = 0
+    on_finished: Callable[[list[int]], None] | None = None
+    divergence: Divergence | None = None
+    make_constraint: Callable[[], ConstraintProcessor] | None = None
     is_cancelled: bool = False
     table: BlockTable | None = None
     pending: PendingRestore | None = None
@@ -56,28 +82,71 @@ class Request:
     cached_tokens_hot: int = 0
     cached_tokens_cold: int = 0
     ttft_s: float | None = None
+    samples: list[Request] = field(default_factory=list)
+    deadline_s: float | None = None
+    is_in_line: bool = True
+    matched_at: int = 0
+    was_matched_anew: bool = False
+
+    def __post_init__(self) -> None:
+        self.samples = [self]
+        if self.params.timeout_s is not None:
+            self.deadline_s = self.submitted_s + self.params.timeout_s
 
     def cancel(self) -> None:
         """Ask the scheduler to stop; from any thread, at any time, any number of times."""
         self.is_cancelled = True
 
-    def emit_token(self, token_id: int, logprob: float | None, *, is_end_token: bool) -> None:
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether it is to be given up, at that time of `time.perf_counter`."""
+        return self.is_cancelled or (self.deadline_s is not None and now_s >= self.deadline_s)
+
+    def why_overdue(self, when: str) -> OMLXError:
+        """The error for its callers; `when` says at what stage it is."""
+        if self.is_cancelled:
+            return RequestCancelledError(f"the request was cancelled {when}")
+        return RequestTimeoutError(
+            f"the request's timeout_s={self.params.timeout_s} ran out {when}: give it more time, or ask again, since "
+            "what it has computed of the prompt is cached"
+        )
+
+    def report_prefill(self) -> None:
+        """Say how far the prompt is computed; all but its last token, which the first token of the answer needs."""
+        if self.params.on_prefill is not None:
+            try:
+                self.params.on_prefill(self.num_computed, len(self.prompt_ids) - 1)
+            except Exception:  # the caller's own; it must not end other requests
+                logger.exception("on_prefill failed")
+
+    def emit_token(
+        self, token_id: int, logprob: float | None, top_logprobs: list[TokenLogprob] | None, *, is_end_token: bool
+    ) -> None:
         """Pass one generated token on."""
         if self.ttft_s is None:
             self.ttft_s = time.perf_counter() - self.submitted_s
-        text = self.output.add(token_id, logprob, is_end_token=is_end_token)
-        self.emit(GenerationChunk(text, [token_id], None if logprob is None else [logprob]))
+        delta = self.output.add(token_id, logprob, top_logprobs, is_end_token=is_end_token)
+        self.emit(
+            GenerationChunk(
+                delta.text,
+                [token_id],
+                None if logprob is None else [logprob],
+                reasoning=delta.reasoning,
+                tool_calls=delta.tool_calls,
+                invalid_tool_calls=delta.invalid_tool_calls,
+                top_logprobs=None if top_logprobs is None else [top_logprobs],
+            )
+        )
 
     def emit_result(self, finish_reason: FinishReason) -> None:
         """Pass on what was held back, and the whole answer."""
-        text = self.output.finish()
-        if self.output.has_met_stop_text:
-            finish_reason = "stop"
+        delta = self.output.finish(finish_reason)
+        if self.on_finished is not None:
+            self.on_finished(self.output.token_ids)
         result = GenerationResult(
             text=self.output.text,
             token_ids=self.output.token_ids,
             logprobs=self.output.logprobs if self.params.logprobs else None,
-            finish_reason=finish_reason,
+            finish_reason=self.output.finish_reason or finish_reason,
             usage=Usage(
                 prompt_tokens=len(self.prompt_ids),
                 completion_tokens=len(self.output.token_ids),
@@ -85,5 +154,20 @@ class Request:
                 cached_tokens_cold=self.cached_tokens_cold,
             ),
             ttft_s=self.ttft_s or 0.0,
+            reasoning=self.output.reasoning,
+            tool_calls=self.output.tool_calls,
+            invalid_tool_calls=self.output.invalid_tool_calls,
+            top_logprobs=self.output.top_logprobs if self.params.top_logprobs else None,
+            divergence=self.divergence,
         )
-        self.emit(GenerationChunk(text, [], [] if self.params.logprobs else None, result))
+        self.emit(
+            GenerationChunk(
+                delta.text,
+                [],
+                [] if self.params.logprobs else None,
+                result,
+                reasoning=delta.reasoning,
+                tool_calls=delta.tool_calls,
+                invalid_tool_calls=delta.invalid_tool_calls,
+            )
+        )

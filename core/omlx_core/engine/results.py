@@ -2,11 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
-"""``"stop"``: the model ended its answer or a stop text came; ``"length"``: `max_tokens` or the context ran out."""
+FinishReason = Literal["stop", "length", "tool_calls"]
+"""``"stop"``: the model ended its answer or a stop text came; ``"length"``: `max_tokens` or the context ran out;
+``"tool_calls"``: it ended its answer, which calls tools."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, as the model wrote it.
+
+    Attributes:
+        id: names the call within a conversation.
+        name: the tool's name.
+        arguments: its arguments by name.
+    """
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidToolCall:
+    """What stood where a call of a tool should, and isn't one.
+
+    Attributes:
+        id: names the call within a conversation.
+        text: what the model wrote between the markers.
+        error: what is wrong with it.
+    """
+
+    id: str
+    text: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that might have been next.
+
+    Attributes:
+        token_id: the token.
+        logprob: its natural log-probability.
+    """
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a prompt left the sequence in the cache that it shares most with.
+
+    Attributes:
+        position: tokens that both begin with; the token at this index is the first to differ.
+        prompt_ids: the prompt's next few tokens.
+        cached_ids: those of the other sequence; empty where it ends.
+        prompt_text: what `prompt_ids` read, if that was asked for.
+        cached_text: what `cached_ids` read, if that was asked for.
+    """
+
+    position: int
+    prompt_ids: tuple[int, ...]
+    cached_ids: tuple[int, ...]
+    prompt_text: str | None = None
+    cached_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +106,20 @@ class GenerationResult:
     """A finished answer.
 
     Attributes:
-        text: the answer, without special tokens and without the stop text. Empty if the engine has no tokenizer.
+        text: the answer, without special tokens, reasoning, tool calls and the stop text. Empty if the engine has no
+            tokenizer.
         token_ids: every generated token in order, an end-of-sequence token included.
         logprobs: natural log-probability of each token of `token_ids`, before temperature and truncation; None
             unless asked for.
         finish_reason: why it ended.
         usage: token counts.
         ttft_s: seconds from the call to the first generated token.
+        reasoning: what a model that thinks wrote before its answer.
+        tool_calls: the tools that a chat's answer calls.
+        invalid_tool_calls: what should be such calls and isn't.
+        top_logprobs: for each token of `token_ids` the likeliest in its place, likeliest first; None unless asked for.
+        divergence: where the prompt left what the cache has; None if it didn't, or nothing is known that begins
+            like it.
     """
 
     text: str
@@ -57,6 +128,11 @@ class GenerationResult:
     finish_reason: FinishReason
     usage: Usage
     ttft_s: float
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    invalid_tool_calls: list[InvalidToolCall] = field(default_factory=list)
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +144,17 @@ class GenerationChunk:
         token_ids: the tokens generated since the last chunk.
         logprobs: their log-probabilities, if asked for.
         result: the whole answer, on the last chunk only.
+        reasoning: new text of the model's reasoning.
+        tool_calls: calls that are complete now.
+        invalid_tool_calls: likewise, what isn't one.
+        top_logprobs: the likeliest tokens in the place of each, if asked for.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float] | None = None
     result: GenerationResult | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    invalid_tool_calls: list[InvalidToolCall] = field(default_factory=list)
+    top_logprobs: list[list[TokenLogprob]] | None = None

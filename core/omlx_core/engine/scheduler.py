@@ -1,62 +1,71 @@
-"""The scheduler: one thread that owns MLX and takes every request from match to release.
+"""The scheduler: takes every request of a model from match to release, in small steps on the MLX thread.
 
-A request waits in line, is matched against the cache, waits for blocks that come from SSD, is prefilled in steps,
-and joins mlx-lm's running batch. Between two steps of a prefill the batch decodes one token, so a long prompt
-doesn't stop the streams beside it. Only one request prefills at a time: a request that shares its prefix is matched
-when its turn comes, and finds the blocks that the one before it has stored.
+A request waits in line, is matched against the cache, waits for blocks that come from SSD while others compute, is
+prefilled in steps, and joins mlx-lm's running batch. The line is first come, first served; only a request whose blocks
+are still being read lets others go ahead.
+
+Between two steps of a prefill the batch decodes one token: a stream waits for its next token no longer than one
+decode step and one prefill step of `prefill_step_size` tokens take, or one restore. Only one request prefills at a
+time: one that shares its prefix finds, when its turn comes, the blocks that the one before it has stored.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from omlx_core.mlx_backend import mx
 
 from mlx_lm.generate import BatchGenerator, generation_stream
 
+from omlx_core.engine.mlx_thread import MLXThread, as_engine_error
+from omlx_core.engine.occupancy import Occupancy
 from omlx_core.engine.prefix_reuse import PrefixReuse
+from omlx_core.engine.prompt_caches import PromptCaches, fork_prompt_cache
 from omlx_core.engine.request import Request
-from omlx_core.engine.sampling import make_sampler
+from omlx_core.engine.sampling import make_logits_processors, make_sampler, top_logprobs
 from omlx_core.engine.sequential_batch import SequentialBatch, needs_sequential_decoding
-from omlx_core.errors import CacheInvariantError, EngineClosedError, EngineError, OMLXError, RequestCancelledError
+from omlx_core.engine.speculative import DraftedModel, SpeculativeBatch
+from omlx_core.errors import CacheInvariantError, OMLXError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
+_READ_AHEAD = 3  # requests whose blocks may be read at once; each holds what it has read in RAM
 
 
 class Scheduler:
-    """Runs requests against one model. All methods but `submit`, `wake` and `run_on_thread` are the thread's own.
+    """Runs requests against one model. `submit` and `wake` are for any thread, all else is the MLX thread's.
 
     Args:
         name: the model's name, for the thread and the log.
-        settings: step and batch sizes.
+        settings: step, batch and line sizes.
+
+    Attributes:
+        thread: the MLX thread.
+        occupancy: how many requests there are.
     """
 
     def __init__(self, name: str, settings: EngineSettings) -> None:
         self._settings = settings
-        self._inbox: queue.SimpleQueue[Request | Callable[[], None] | None] = queue.SimpleQueue()
-        self._is_closed = False
-        self._submit_lock = threading.Lock()
+        self.occupancy = Occupancy(settings.max_waiting_requests)
         self._waiting: deque[Request] = deque()
+        self._reading: list[Request] = []
         self._prefilling: Request | None = None
         self._decoding: dict[int, Request] = {}
         self._model: Any = None
         self._end_token_ids: list[int] = []
+        self._spared_token_ids: list[int] = []
         self._generator: BatchGenerator | None = None
         self._sequential_batch: SequentialBatch | None = None
         self._reuse: PrefixReuse | None = None
-        self._thread = threading.Thread(target=self._run, name=f"omlx-mlx-{name}", daemon=True)
-        self._thread.start()
+        self._caches: PromptCaches | None = None
+        self.thread = MLXThread(name, self)
 
     # From any thread.
 
@@ -64,50 +73,80 @@ class Scheduler:
         """Put a request in line.
 
         Raises:
-            EngineClosedError: the engine was closed.
+            EngineClosedError, EngineForkedError: see `MLXThread.send`.
+            EngineBusyError: too many wait already.
         """
-        with self._submit_lock:
-            if self._is_closed:
-                raise EngineClosedError("the engine is closed: make a new one")
-            self._inbox.put(request)
+        num_samples = len(request.samples)
+        self.occupancy.enter(num_samples)
+        try:
+            self.thread.send(partial(self._waiting.append, request))
+        except OMLXError:
+            self.occupancy.leave_line(num_samples)
+            self.occupancy.leave(num_samples)
+            raise
 
     def wake(self) -> None:
         """Make an idle thread look around, for a cancelled request or a finished read."""
-        self._inbox.put(lambda: None)
-
-    def run_on_thread(self, function: Callable[[], _Result]) -> _Result:
-        """Run a function on the MLX thread, between two steps, and return or raise what it does."""
-        future: Future[_Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as exc:
-                future.set_exception(exc)
-
-        self._inbox.put(run)
-        return future.result()
-
-    def close(self) -> None:
-        """Fail all requests, stop the thread and wait for it. Idempotent."""
-        with self._submit_lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self.thread.wake()
 
     # On the MLX thread.
 
-    def serve(self, model: Any, end_token_ids: list[int], reuse: PrefixReuse) -> None:
+    def serve(
+        self,
+        model: Any,
+        end_token_ids: list[int],
+        newline_token_ids: list[int],
+        reuse: PrefixReuse,
+        prompt_caches: PromptCaches,
+    ) -> None:
         """Say what to serve; requests are taken from then on.
 
         Args:
             model: the mlx-lm model.
             end_token_ids: tokens that end an answer.
+            newline_token_ids: the tokens of a line break, which XTC spares as it spares those.
             reuse: its use of the prefix cache.
+            prompt_caches: makes its prompt caches.
         """
-        self._model, self._end_token_ids, self._reuse = model, end_token_ids, reuse
+        self._model, self._end_token_ids = model, end_token_ids
+        self._spared_token_ids = [*end_token_ids, *newline_token_ids]
+        self._reuse, self._caches = reuse, prompt_caches
+
+    def step(self) -> float | None:
+        """One step of a prefill, and one of the batch; see `Worker`."""
+        self._end_overdue()
+        if self._reuse is not None:
+            self._reuse.tend()
+        self._advance_prefill()
+        try:
+            self._decode()
+        except Exception as exc:  # a batch that fails takes its requests with it, and none of those in line
+            logger.exception("a step of the batch failed")
+            self._fail_decoding(as_engine_error(exc))
+        return self._idle_s()
+
+    def fail(self, error: OMLXError) -> None:
+        """End all requests with an error."""
+        self._fail_decoding(error)
+        requests = list(self._all())
+        self._waiting.clear()
+        self._reading.clear()
+        self._prefilling = None
+        for request in requests:
+            self._end(request, error)
+
+    def _fail_decoding(self, error: OMLXError) -> None:
+        requests = list(self._decoding.values())
+        self._decoding.clear()
+        self.close()
+        for request in requests:
+            self._end(request, error)
+
+    def close(self) -> None:
+        """Let go of the batches."""
+        if self._generator is not None:
+            self._generator.close()
+        self._generator = self._sequential_batch = None
 
     @property
     def _prefixes(self) -> PrefixReuse:
@@ -115,118 +154,156 @@ class Scheduler:
             raise CacheInvariantError("a request came before the model")
         return self._reuse
 
-    def _run(self) -> None:
-        try:
-            self._serve_until_closed()
-        finally:
-            # MLX aborts the process now and then if a thread ends with streams of its own (ml-explore/mlx#4110).
-            mx.clear_streams()
+    @property
+    def _prompt_caches(self) -> PromptCaches:
+        if self._caches is None:
+            raise CacheInvariantError("a request came before the model")
+        return self._caches
 
-    def _serve_until_closed(self) -> None:
-        while True:
-            is_idle = not (self._waiting or self._prefilling or self._decoding)
-            is_waiting_for_reads = self._is_reading() and not self._decoding
-            if not self._take_messages(block=is_idle or is_waiting_for_reads):
-                break
-            try:
-                self._drop_cancelled()
-                if self._reuse is not None:
-                    self._reuse.tend()
-                self._advance_prefill()
-                self._decode()
-            except Exception as exc:  # the thread must outlive whatever one step does
-                logger.exception("a step of the engine failed")
-                self._fail_all(_as_engine_error(exc))
-        self._fail_all(EngineClosedError("the engine was closed while the request ran"))
-        if self._generator is not None:
-            self._generator.close()
+    def _all(self) -> Iterator[Request]:
+        yield from self._decoding.values()
+        yield from [self._prefilling] if self._prefilling else []
+        yield from self._reading
+        yield from self._waiting
 
-    def _take_messages(self, *, block: bool) -> bool:
-        """Move what has arrived into place; False when the engine is to close."""
-        while True:
-            try:
-                message = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            block = False
-            if message is None:
-                return False
-            if isinstance(message, Request):
-                self._waiting.append(message)
-            else:
-                message()
+    def _idle_s(self) -> float | None:
+        """How long there is nothing to do, unless something comes: a request, the end of a read, a cancellation."""
+        if self._decoding or self._prefilling or any(map(self._prefixes.is_ready, self._reading)):
+            return 0.0
+        if self._waiting and len(self._reading) < _READ_AHEAD:
+            return 0.0
+        deadlines_s = [request.deadline_s for request in self._all() if request.deadline_s is not None]
+        return max(0.0, min(deadlines_s) - time.perf_counter()) if deadlines_s else None
 
-    def _is_reading(self) -> bool:
-        request = self._prefilling
-        return request is not None and request.pending is not None and not request.pending.is_ready()
+    def _end(self, request: Request, error: OMLXError) -> None:
+        """Let go of a request that has left its place, and tell its callers why."""
+        if self._reuse is not None:
+            self._reuse.leave(request)
+        if request.is_in_line:
+            request.is_in_line = False
+            self.occupancy.leave_line(len(request.samples))
+        self.occupancy.leave(len(request.samples))
+        for sample in request.samples:
+            sample.emit(error)
 
-    def _drop_cancelled(self) -> None:
-        for request in [request for request in self._waiting if request.is_cancelled]:
-            self._waiting.remove(request)
-            request.emit(RequestCancelledError("the request was cancelled while it waited in line"))
-        if self._prefilling is not None and self._prefilling.is_cancelled:
-            request, self._prefilling = self._prefilling, None
-            self._prefixes.leave(request)
-            request.emit(RequestCancelledError("the request was cancelled during its prefill"))
-        for uid, request in list(self._decoding.items()):
-            if request.is_cancelled:
-                self._remove_from_batch(uid)
-                request.emit(RequestCancelledError("the request was cancelled while it was answered"))
+    def _end_overdue(self) -> None:
+        """Drop what was cancelled or has run out of time, wherever it is."""
+        now_s = time.perf_counter()
+        overdue = [request for request in self._all() if request.is_overdue(now_s)]
+        for request in overdue:
+            if request is self._prefilling:
+                self._prefilling = None
+                self._end(request, request.why_overdue("during its prefill"))
+            elif request in self._reading:
+                self._reading.remove(request)
+                self._end(request, request.why_overdue("while its blocks were read"))
+            elif request in self._waiting:
+                self._waiting.remove(request)
+                self._end(request, request.why_overdue("while it waited in line"))
+        for uid in [uid for uid, request in self._decoding.items() if request in overdue]:
+            request = self._decoding[uid]
+            self._remove_from_batch(uid)
+            self._end(request, request.why_overdue("while it was answered"))
 
     # Prefill.
 
     def _advance_prefill(self) -> None:
+        self._read_ahead()
         if self._prefilling is None:
-            if not self._waiting or len(self._decoding) >= self._settings.max_batch_size:
-                return
-            self._prefilling = self._waiting.popleft()
+            self._prefilling = self._next_ready()
         request = self._prefilling
+        if request is None:
+            return
         try:
             self._prefill_step(request)
         except Exception as exc:  # one bad request must not end the others
             self._prefilling = None
-            self._prefixes.leave(request)
-            request.emit(_as_engine_error(exc))
+            self._end(request, as_engine_error(exc))
+
+    def _read_ahead(self) -> None:
+        """Match the next in line, so that their blocks are read while others compute."""
+        while self._waiting and len(self._reading) < _READ_AHEAD:
+            request = self._waiting.popleft()
+            try:
+                self._prefixes.match(request)
+            except Exception as exc:
+                self._end(request, as_engine_error(exc))
+            else:
+                self._reading.append(request)
+
+    def _next_ready(self) -> Request | None:
+        """The first whose blocks are there, once the batch has room for it."""
+        for request in self._reading:
+            if self._prefixes.is_ready(request):
+                if len(self._decoding) + len(request.samples) > self._settings.max_batch_size:
+                    return None
+                self._reading.remove(request)
+                return request
+        return None
 
     def _prefill_step(self, request: Request) -> None:
-        """Take a request one step further: match, restore, prefill one step, or join the batch."""
+        """Take a request one step further: restore, prefill one step, or join the batch."""
         if request.prompt_cache is None and not self._prefixes.begin(request):
+            self._reading.insert(0, request)  # it was matched anew, and more is being read
+            self._prefilling = None
             return
         # The last token is left to the batch, whose first step gives the first logits.
         end = len(request.prompt_ids) - 1
         stop = min(request.num_computed + self._settings.prefill_step_size, end)
         if end - stop == 1:
             stop = end  # a single token takes another path through some layers, and rounds otherwise
-        # A recurrent state can only be had where the computation stops.
-        stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
+        # A recurrent state can only be had where the computation stops; quantization starts between two steps.
+        stops = {*request.checkpoints_at, self._prompt_caches.must_stop_at or 0}
+        stop = min([stop, *(at for at in stops if at > request.num_computed)])
         step = request.prompt_ids[request.num_computed : stop]
         if step:
             self._compute(request, step)
-        if request.num_computed == len(request.prompt_ids) - 1:
+        request.report_prefill()
+        if request.num_computed == end:
             self._prefilling = None
             self._join_batch(request)
 
     def _compute(self, request: Request, token_ids: list[int]) -> None:
+        prompt_cache = request.prompt_cache or []
         with mx.stream(generation_stream):
-            self._model(mx.array(token_ids)[None], cache=request.prompt_cache)
-            mx.eval([layer.state for layer in request.prompt_cache or ()])
+            self._prompt_caches.prepare_step(prompt_cache)
+            self._model(mx.array(token_ids)[None], cache=prompt_cache)
+            mx.eval([layer.state for layer in prompt_cache])
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
         mx.clear_cache()
 
     def _join_batch(self, request: Request) -> None:
-        prompt_cache = request.prompt_cache or []
-        is_sequential = needs_sequential_decoding(self._model, prompt_cache, len(request.prompt_ids))
-        batch = self._sequential() if is_sequential else self._batch()
-        [uid] = batch.insert_segments(
-            [[request.prompt_ids[-1:]]],
-            max_tokens=[request.params.max_tokens],
-            caches=[prompt_cache],
-            all_tokens=[request.prompt_ids[:-1]],
-            samplers=[make_sampler(request.params)],
+        """Begin to decode a request, and its further samples, each on a copy-on-write fork of its blocks."""
+        samples, prompt_cache = request.samples, request.prompt_cache or []
+        is_sequential = (
+            isinstance(self._model, DraftedModel)
+            or self._prompt_caches.quantization is not None
+            or needs_sequential_decoding(self._model, prompt_cache, len(request.prompt_ids))
         )
-        request.prompt_cache = None
-        self._decoding[uid] = request
+        batch = self._sequential() if is_sequential else self._batch()
+        processors = [self._make_processors(sample) for sample in samples]
+        uids = batch.insert_segments(
+            [[request.prompt_ids[-1:]] for _ in samples],
+            max_tokens=[sample.params.max_tokens for sample in samples],
+            caches=[prompt_cache, *(fork_prompt_cache(prompt_cache) for _ in samples[1:])],
+            all_tokens=[request.prompt_ids[:-1] for _ in samples],
+            samplers=[make_sampler(sample.params, self._spared_token_ids) for sample in samples],
+            logits_processors=processors,
+        )
+        self._prefixes.fork(request)
+        request.prompt_cache, request.samples = None, [request]
+        for sample in samples:
+            sample.is_in_line = False
+        self.occupancy.leave_line(len(samples))
+        self._decoding.update(zip(uids, samples, strict=True))
+
+    @staticmethod
+    def _make_processors(request: Request) -> list[Any]:
+        processors: list[Any] = make_logits_processors(request.params)
+        if request.make_constraint is not None:
+            processors.append(request.make_constraint())  # the last: what it forbids stays forbidden
+        return processors
 
     # Decode.
 
@@ -241,21 +318,31 @@ class Scheduler:
         ]
         for response in responses:
             request = self._decoding.get(response.uid)
-            if request is None:
-                continue
-            # By now the batch's cache holds this token, and with the first one the prompt's last.
-            added = [response.token] if request.output.token_ids else [request.prompt_ids[-1], response.token]
-            self._prefixes.generated(request, added, partial(self._extract, response.uid, response.prompt_cache))
-            is_end_token = response.finish_reason == "stop"
-            logprob = response.logprobs[response.token].item() if request.params.logprobs else None
-            request.emit_token(response.token, logprob, is_end_token=is_end_token)
-            if response.finish_reason is not None:
-                del self._decoding[response.uid]
-                self._prefixes.finish(request, response.prompt_cache)
-                request.emit_result(response.finish_reason)
-            elif request.output.has_met_stop_text:
-                self._remove_from_batch(response.uid)
-                request.emit_result("stop")
+            if request is not None:
+                self._take_token(request, response)
+
+    def _take_token(self, request: Request, response: Any) -> None:
+        """Account for a token, pass it on, and end the answer if it was the last."""
+        # By now the batch's cache holds this token, and with the first one the prompt's last.
+        added = [response.token] if request.output.token_ids else [request.prompt_ids[-1], response.token]
+        self._prefixes.generated(request, added, partial(self._extract, response.uid, response.prompt_cache))
+        params = request.params
+        request.emit_token(
+            response.token,
+            response.logprobs[response.token].item() if params.logprobs else None,
+            top_logprobs(response.logprobs, params.top_logprobs) if params.top_logprobs else None,
+            is_end_token=response.finish_reason == "stop",
+        )
+        finish_reason = response.finish_reason
+        if finish_reason is not None:
+            del self._decoding[response.uid]
+            self._prefixes.finish(request, response.prompt_cache)
+        elif request.output.has_met_stop_text:
+            finish_reason = "stop"
+            self._remove_from_batch(response.uid)
+        if finish_reason is not None:
+            self.occupancy.leave()
+            request.emit_result(finish_reason)
 
     def _remove_from_batch(self, uid: int) -> None:
         prompt_cache, _ = self._batch_of(uid).remove([uid], return_prompt_caches=True)[uid]
@@ -282,26 +369,14 @@ class Scheduler:
 
     def _sequential(self) -> SequentialBatch:
         if self._sequential_batch is None:
-            self._sequential_batch = SequentialBatch(self._model, self._end_token_ids)
+            prepare_step = self._prompt_caches.prepare_step
+            if isinstance(self._model, DraftedModel):
+                self._sequential_batch = SpeculativeBatch(
+                    self._model, self._end_token_ids, prepare_step, self._settings.num_draft_tokens
+                )
+            else:
+                self._sequential_batch = SequentialBatch(self._model, self._end_token_ids, prepare_step)
         return self._sequential_batch
 
     def _batch_of(self, uid: int) -> BatchGenerator | SequentialBatch:
         return self._batch() if uid >= 0 else self._sequential()
-
-    def _fail_all(self, error: OMLXError) -> None:
-        requests = [*self._decoding.values(), *([self._prefilling] if self._prefilling else []), *self._waiting]
-        self._decoding.clear()
-        self._waiting.clear()
-        self._prefilling = None
-        self._generator = self._sequential_batch = None
-        for request in requests:
-            self._prefixes.leave(request)
-            request.emit(error)
-
-
-def _as_engine_error(exc: Exception) -> OMLXError:
-    if isinstance(exc, OMLXError):
-        return exc
-    error = EngineError(f"the request failed inside the engine: {type(exc).__name__}: {exc}")
-    error.__cause__ = exc
-    return error

@@ -1,14 +1,15 @@
 """Decodes, one sequence after the other, what mlx-lm's `BatchGenerator` can't take.
 
-That is: cache classes without a batch form (`ChunkedKVCache`, a model's own), layers that never fill the cache they are
-given, and architectures that are answered otherwise beside a request of another length. The interface is the part of
+That is: cache classes without a batch form (`ChunkedKVCache`, `QuantizedKVCache`, a model's own), windows that keep
+their first tokens, layers that never fill the cache they are given, and architectures that are answered otherwise
+beside a request of another length. The interface is the part of
 `BatchGenerator` that the scheduler uses, so that it need not tell them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omlx_core.mlx_backend import mx
@@ -16,6 +17,7 @@ from omlx_core.mlx_backend import mx
 from mlx_lm.generate import GenerationBatch, generation_stream
 
 from omlx_core.model.loading import architecture_of
+from omlx_core.state.handlers import leaves_of
 
 Response = GenerationBatch.Response
 
@@ -39,18 +41,51 @@ def needs_sequential_decoding(model: Any, prompt_cache: Sequence[Any], num_promp
     """
     if architecture_of(model) in UNLIKE_ALONE_IN_BATCH:
         return True
-    return any(not hasattr(layer, "merge") or (num_prompt_tokens > 1 and layer.empty()) for layer in prompt_cache)
+    if num_prompt_tokens > 1 and any(layer.empty() for layer in prompt_cache):
+        return True
+    # The batch's windows drop their oldest tokens, also those that `RotatingKVCache(keep=…)` keeps; and a class that
+    # inherits `merge` would become its parent's batch form, without what it adds.
+    leaves = leaves_of(prompt_cache).values()
+    return any(getattr(leaf, "keep", 0) or "merge" not in vars(type(leaf)) for leaf in leaves)
 
 
 @dataclass(eq=False)
-class _Sequence:
+class DecodingSequence:
+    """One sequence of a `SequentialBatch`.
+
+    Attributes:
+        prompt_cache: its state.
+        token_ids: the tokens that are accounted for; `prompt_cache` holds them.
+        sampler: draws a token from log-probabilities.
+        max_tokens: most tokens to generate.
+        processors: change the logits first.
+        next_token: the token that follows them.
+        next_logprobs: what it was drawn from; None for the prompt's last token.
+        num_generated: tokens given out so far.
+    """
+
     prompt_cache: list[Any]
     token_ids: list[int]
     sampler: Callable[[mx.array], mx.array]
     max_tokens: int
+    processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
     next_token: mx.array
     next_logprobs: mx.array | None = None
-    num_generated: int = field(default=0)
+    num_generated: int = 0
+
+    def draw(self, known: Sequence[int], logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The token after `known`, shape ``[1]``, and the log-probabilities that it was drawn from, ``[vocab]``.
+
+        Args:
+            known: all tokens before it.
+            logits: the model's, of shape ``[1, vocab]``.
+        """
+        for processor in self.processors:
+            logits = processor(mx.array(known), logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = self.sampler(logprobs)
+        mx.eval(token, logprobs)
+        return token, logprobs[0]
 
 
 class SequentialBatch:
@@ -59,23 +94,32 @@ class SequentialBatch:
     Args:
         model: the mlx-lm model.
         stop_tokens: tokens that end an answer.
+        prepare_step: called with a sequence's prompt cache before each of its steps.
     """
 
     stream = generation_stream
 
-    def __init__(self, model: Any, stop_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stop_tokens: Sequence[int],
+        prepare_step: Callable[[list[Any]], None] = lambda _: None,
+    ) -> None:
         self._model = model
+        self._prepare_step = prepare_step
         self._stop_tokens = frozenset(stop_tokens)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, DecodingSequence] = {}
         self._num_inserted = 0
 
     def insert_segments(
         self,
         segments: Sequence[Sequence[Sequence[int]]],
+        *,
         max_tokens: Sequence[int],
         caches: Sequence[list[Any]],
         all_tokens: Sequence[Sequence[int]],
         samplers: Sequence[Callable[[mx.array], mx.array]],
+        logits_processors: Sequence[Sequence[Callable[[mx.array, mx.array], mx.array]]],
     ) -> list[int]:
         """Add sequences, each of one segment of one token; the rest of its prompt is in its cache.
 
@@ -83,13 +127,13 @@ class SequentialBatch:
             Their names: negative, where `BatchGenerator`'s are not.
         """
         uids = []
-        for [[token_id]], limit, prompt_cache, tokens, sampler in zip(
-            segments, max_tokens, caches, all_tokens, samplers, strict=True
+        for [[token_id]], limit, prompt_cache, tokens, sampler, processors in zip(
+            segments, max_tokens, caches, all_tokens, samplers, logits_processors, strict=True
         ):
             self._num_inserted += 1
             uids.append(-self._num_inserted)
-            self._sequences[uids[-1]] = _Sequence(
-                prompt_cache, [*tokens], sampler, limit, next_token=mx.array([token_id])
+            self._sequences[uids[-1]] = DecodingSequence(
+                prompt_cache, [*tokens], sampler, limit, processors, next_token=mx.array([token_id])
             )
         return uids
 
@@ -99,7 +143,7 @@ class SequentialBatch:
             responses = [self._step(uid, sequence) for uid, sequence in self._sequences.items()]
         for response in responses:
             if response.finish_reason is not None:
-                del self._sequences[response.uid]
+                self._forget(self._sequences.pop(response.uid))
         return [], responses
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[list[Any], list[int]]]:
@@ -112,13 +156,13 @@ class SequentialBatch:
         """Take sequences out."""
         removed = self.extract_cache(uids) if return_prompt_caches else {}
         for uid in uids:
-            del self._sequences[uid]
+            self._forget(self._sequences.pop(uid))
         return removed
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _step(self, uid: int, sequence: _Sequence) -> Any:
+    def _step(self, uid: int, sequence: DecodingSequence) -> Any:
         if sequence.next_logprobs is None:
             self._forward(sequence)  # the prompt's last token gives the answer's first
         token, logprobs = int(sequence.next_token.item()), sequence.next_logprobs
@@ -129,11 +173,13 @@ class SequentialBatch:
             finish_reason = "stop"
         return Response(uid, token, logprobs, finish_reason, sequence.prompt_cache, sequence.token_ids)
 
-    def _forward(self, sequence: _Sequence) -> None:
+    def _forward(self, sequence: DecodingSequence) -> None:
         """Run the model on the next token, and draw the one after it."""
         inputs = sequence.next_token
+        self._prepare_step(sequence.prompt_cache)
         logits = self._model(inputs[None], cache=sequence.prompt_cache)[:, -1, :]
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         sequence.token_ids.append(int(inputs.item()))
-        sequence.next_token, sequence.next_logprobs = sequence.sampler(logprobs), logprobs[0]
-        mx.eval(sequence.next_token, sequence.next_logprobs)
+        sequence.next_token, sequence.next_logprobs = sequence.draw(sequence.token_ids, logits)
+
+    def _forget(self, sequence: DecodingSequence) -> None:
+        """A sequence has left."""

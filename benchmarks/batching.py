@@ -1,0 +1,156 @@
+"""Many requests at once: throughput of a batch, and how evenly its streams flow while others come.
+
+    python benchmarks/batching.py [--runs 3] [--tokens 64] [--prompt 128] [--long 4096] [--step 512]
+
+- batch: 8 requests at once, against the same in turn, and against `mlx_lm.batch_generate` of the same prompts; the
+  cache is on and finds nothing.
+- gap: the longest wait for a token of a running stream while a long prompt is prefilled, against the longest without,
+  and against the time of one prefill step.
+- first chunk: from the end of the prefill to the stream's first chunk, against one step of mlx-lm's own.
+
+All in one process on one model, in turn; medians and their ratios are printed as JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+from omlx_core.mlx_backend import backend_name, mx
+
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
+
+from omlx_core import CacheSettings, Engine, EngineSettings
+from omlx_core.model.loading import load_model
+from omlx_core.model.sample_model import ensure_sample_model
+
+BATCH_SIZE = 8
+
+
+def make_prompt(seed: int, num_tokens: int) -> list[int]:
+    return [(7919 * (seed + 1) + 31 * i) % 40000 + 100 for i in range(num_tokens)]
+
+
+def seconds(function) -> float:
+    start_s = time.perf_counter()
+    function()
+    return time.perf_counter() - start_s
+
+
+def batch_generate(loaded, prompts, num_tokens) -> None:
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(loaded.model, prefill_batch_size=BATCH_SIZE)
+    generator.insert(prompts, [num_tokens] * len(prompts))
+    while generator.next_generated():
+        pass
+    generator.close()
+
+
+def longest_gap_s(engine, prompt, num_tokens, meanwhile=None) -> float:
+    """The longest wait for a token after the first; `meanwhile` runs on another thread from the first token on."""
+    stream = engine.stream(prompt, max_tokens=num_tokens)
+    next(stream)
+    worker = threading.Thread(target=meanwhile) if meanwhile else None
+    if worker:
+        worker.start()
+    gaps_s, last_s = [], time.perf_counter()
+    for _ in stream:
+        now_s = time.perf_counter()
+        gaps_s.append(now_s - last_s)
+        last_s = now_s
+        if worker and not worker.is_alive():
+            break
+    stream.close()
+    if worker:
+        worker.join()
+    return max(gaps_s)
+
+
+def first_chunk_s(engine, prompt) -> float:
+    """From the last report of the prefill to the first chunk."""
+    done_s = []
+    stream = engine.stream(prompt, max_tokens=2, on_prefill=lambda *_: done_s.append(time.perf_counter()))
+    next(stream)
+    elapsed_s = time.perf_counter() - done_s[-1]
+    stream.close()
+    return elapsed_s
+
+
+def own_first_step_s(loaded, prompt) -> float:
+    """mlx-lm's step from a prefilled prompt to its first token."""
+    cache = make_prompt_cache(loaded.model)
+    loaded.model(mx.array(prompt[:-1])[None], cache=cache)
+    mx.eval([layer.state for layer in cache])
+    return seconds(lambda: next(generate_step(mx.array(prompt[-1:]), loaded.model, prompt_cache=cache, max_tokens=2)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
+    parser.add_argument("--prompt", type=int, default=128, help="length of each prompt of the batch")
+    parser.add_argument("--long", type=int, default=4096, help="length of the long prompt")
+    parser.add_argument("--step", type=int, default=EngineSettings().prefill_step_size, help="prefill_step_size")
+    args = parser.parse_args()
+    loaded = load_model(ensure_sample_model())
+    times: dict[str, list[float]] = {}
+
+    def measure(name, value_s) -> None:
+        times.setdefault(name, []).append(value_s)
+
+    settings = EngineSettings(prefill_step_size=args.step)
+    with Engine(loaded.model, cache=CacheSettings(), settings=settings) as engine:
+
+        def ask(prompt) -> None:
+            engine.generate(prompt, max_tokens=args.tokens)
+
+        engine.generate(make_prompt(0, 8), max_tokens=2)
+        batch_generate(loaded, [make_prompt(0, 8)], 2)
+        seed = 0
+        for _ in tqdm(range(args.runs), desc="runs"):
+            prompts = [make_prompt(seed := seed + 1, args.prompt) for _ in range(BATCH_SIZE)]
+            measure("batch_generate", seconds(lambda p=prompts: batch_generate(loaded, p, args.tokens)))
+            prompts = [make_prompt(seed := seed + 1, args.prompt) for _ in range(BATCH_SIZE)]
+            with ThreadPoolExecutor(BATCH_SIZE) as callers:
+                measure("at once", seconds(lambda p=prompts, c=callers: list(c.map(ask, p))))
+            prompts = [make_prompt(seed := seed + 1, args.prompt) for _ in range(BATCH_SIZE)]
+            measure("in turn", seconds(lambda p=prompts: [ask(prompt) for prompt in p]))
+
+            short, long = make_prompt(seed := seed + 1, 16), make_prompt(seed := seed + 1, args.long)
+            measure("gap alone", longest_gap_s(engine, short, args.tokens))
+            prefill = lambda p=long: engine.generate(p, max_tokens=1)  # noqa: E731
+            measure("gap beside a prefill", longest_gap_s(engine, short, 100_000, prefill))
+            step = make_prompt(seed := seed + 1, args.step)
+            measure("prefill step", seconds(lambda p=step: engine.generate(p, max_tokens=1)))
+
+            measure("first chunk", first_chunk_s(engine, make_prompt(seed := seed + 1, args.prompt)))
+            measure("own first step", own_first_step_s(loaded, make_prompt(seed := seed + 1, args.prompt)))
+    median_s = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        json.dumps(
+            {
+                "machine": f"{platform.system()} {platform.machine()}, {backend_name()}",
+                "versions": {name: version(name) for name in ("omlx-plugins", "mlx", "mlx-lm")},
+                "arguments": vars(args),
+                "median_s": {name: round(value, 4) for name, value in median_s.items()},
+                "ratios": {
+                    "throughput at once / in turn": round(median_s["in turn"] / median_s["at once"], 3),
+                    "throughput / batch_generate": round(median_s["batch_generate"] / median_s["at once"], 3),
+                    "longest gap / prefill step": round(median_s["gap beside a prefill"] / median_s["prefill step"], 3),
+                    "first chunk / own first step": round(median_s["first chunk"] / median_s["own first step"], 3),
+                },
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

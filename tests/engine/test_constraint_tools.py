@@ -1,0 +1,344 @@
+"""Forced tool calls are what mlx-lm's parsers read, with arguments that the tool's schema allows."""
+
+import json
+
+import pytest
+from constraint_trials import allowed_along, answers, marked_tokenizer
+
+from omlx_core.engine.constraint_compiler import ConstraintCompiler
+from omlx_core.engine.constraint_tools import call_syntax_of
+from omlx_core.engine.constraints import Choice, Grammar, JSONSchema, Regex
+from omlx_core.errors import InvalidConstraintError, InvalidToolError
+from omlx_core.model.tool_calls import GENERIC_FORMAT, ToolCallFormat, parse_calls, template_format, write_calls
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 4, "pattern": "^[a-z ]*$"},
+                "unit": {"$ref": "#/$defs/unit"},
+                "days": {"type": "integer", "minimum": 0, "maximum": 99},
+                "exact": {"type": "boolean"},
+                "hours": {"type": "array", "items": {"$ref": "#/$defs/hour"}, "maxItems": 2},
+            },
+            "required": ["unit", "days"],
+            "$defs": {"unit": {"type": "string", "enum": ["C", "F"]}, "hour": {"enum": [6, 18]}},
+        },
+    },
+}
+PING = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = [WEATHER, PING]
+
+# Name of mlx-lm's parser, what the template tells of its syntax, and markers that are single tokens.
+FAMILIES = [
+    ("json_tools", None, ["<tool_call>", "</tool_call>"]),
+    ("json_tools", None, []),
+    ("mistral", None, ["[TOOL_CALLS]"]),
+    ("mistral", "[TOOL_CALLS] [", []),
+    ("mistral", "[TOOL_CALLS]{{ name }}[ARGS]", ["[TOOL_CALLS]", "[ARGS]"]),
+    ("qwen3_coder", None, ["<tool_call>", "</tool_call>"]),
+    ("glm47", None, ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]),
+    ("glm47", "\n<arg_key>", ["<tool_call>", "</tool_call>"]),
+    ("minimax_m2", None, ["<minimax:tool_call>", "</minimax:tool_call>"]),
+    ("minicpm5", None, []),
+    ("pythonic", None, ["<|tool_call_start|>", "<|tool_call_end|>"]),
+]
+
+
+def compile_calls(tokenizer, tools=TOOLS, tool_choice="required", call_format=None, **options):
+    return ConstraintCompiler(tokenizer).compile(
+        tools=tools, tool_choice=tool_choice, call_format=call_format or template_format(tokenizer), **options
+    )
+
+
+def calls_in(text, call_format, tools=TOOLS):
+    """What the markers around bodies, and mlx-lm's parser, make of an answer that is nothing but calls."""
+    head, *bodies = text.split(call_format.start)
+    assert not head
+    ends = [body.rpartition(call_format.end) if call_format.end else (body, "", "") for body in bodies]
+    assert not any(rest.strip() for _, _, rest in ends)
+    return [call for body, _, _ in ends for call in parse_calls(body, call_format, tools)]
+
+
+def ends_of(tokenizer):
+    """Tokens that end an answer, a list of calls or an array."""
+    return [*tokenizer.eos_token_ids, *tokenizer.encode("]")]
+
+
+def is_valid(call):
+    if call.name == "ping":
+        return call.arguments == {}
+    arguments = {**call.arguments}
+    return (
+        arguments.pop("unit") in ("C", "F")
+        and arguments.pop("days") in range(100)
+        and len(arguments.pop("city", "")) <= 4
+        and arguments.pop("exact", True) in (True, False)
+        and {*arguments.pop("hours", [])} <= {6, 18}
+        and not arguments
+    )
+
+
+@pytest.mark.parametrize(("parser", "template", "markers"), FAMILIES)
+def test_forced_calls_are_read_back_by_the_models_parser(model, parser, template, markers):
+    tokenizer = marked_tokenizer(*markers, parser=parser, chat_template=template)
+    choices = ["get_weather", "ping", "required"]
+    processors = [compile_calls(tokenizer, tool_choice=choice).make_processor() for choice in choices]
+    sequences = answers(model, tokenizer.eos_token_ids, processors, max_tokens=500, favoured=ends_of(tokenizer))
+    for choice, token_ids in zip(choices, sequences, strict=True):
+        assert token_ids[-1] == tokenizer.eos_token_id
+        calls = calls_in(tokenizer.decode(token_ids[:-1]), template_format(tokenizer))
+        assert all(is_valid(call) for call in calls), calls
+        names = [call.name for call in calls]
+        assert names == [choice] or (choice == "required" and {*names} <= {"get_weather", "ping"})
+
+
+@pytest.mark.parametrize("markers", [(), ("<tool_call>", "</tool_call>")])
+def test_generic_calls_have_the_text_that_they_are_rendered_with(model, markers):
+    tokenizer = marked_tokenizer(*markers)
+    compiled = compile_calls(tokenizer, call_format=GENERIC_FORMAT)
+    processors = [compiled.make_processor() for _ in range(6)]
+    for token_ids in answers(model, tokenizer.eos_token_ids, processors, favoured=ends_of(tokenizer)):
+        text = tokenizer.decode(token_ids[:-1])
+        calls = calls_in(text, GENERIC_FORMAT)
+        assert text == write_calls([{"name": call.name, "arguments": call.arguments} for call in calls])
+
+
+def test_hermes_calls_have_the_text_that_their_templates_render(model):
+    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", parser="json_tools")
+    processors = [compile_calls(tokenizer, tool_choice="get_weather").make_processor() for _ in range(4)]
+    for token_ids in answers(model, tokenizer.eos_token_ids, processors):
+        text = tokenizer.decode(token_ids[:-1])
+        [call] = calls_in(text, template_format(tokenizer))
+        rendered = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+        assert text == f"<tool_call>\n{rendered}\n</tool_call>"
+
+
+def test_markers_that_are_tokens_are_generated_as_such():
+    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", parser="json_tools")
+    processor = compile_calls(tokenizer, tool_choice="ping").make_processor()
+    start, end = tokenizer.encode("<tool_call></tool_call>")
+    along = allowed_along(processor, tokenizer.encode('<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'))
+    assert along[0] == {start}
+    assert along[-2:] == [{end}, {tokenizer.eos_token_id}]
+
+
+def test_an_added_token_that_is_plain_text_may_stand_within_an_argument():
+    parameters = {"properties": {"x": {"type": "string"}}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", "\n", parser="qwen3_coder")
+    processor = compile_calls(tokenizer, [tool], "f").make_processor()
+    call = "<tool_call>\n<function=f>\n<parameter=x>\none\ntwo\n</parameter>\n</function>\n</tool_call>"
+    assert allowed_along(processor, tokenizer.encode(call))[-1] == {tokenizer.eos_token_id}
+
+
+def test_one_call_may_follow_another_only_if_any_tool_may_be_called():
+    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", parser="json_tools")
+    call = tokenizer.encode('<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>')
+    end, [newline] = tokenizer.eos_token_id, tokenizer.encode("\n")
+    assert allowed_along(compile_calls(tokenizer, tool_choice="ping").make_processor(), call)[-1] == {end}
+    assert allowed_along(compile_calls(tokenizer).make_processor(), call)[-1] == {end, newline}
+
+
+def test_optional_arguments_are_separated_only_where_they_are_there():
+    properties = {name: {"const": name in "bd"} for name in "abcd"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties, "required": ["b"]}}}
+    tokenizer = marked_tokenizer("<|tool_call_start|>", "<|tool_call_end|>", parser="pythonic")
+    compiled = compile_calls(tokenizer, tools=[tool], tool_choice="f")
+
+    def is_accepted(arguments):
+        processor = compiled.make_processor()
+        allowed_along(processor, tokenizer.encode(f"<|tool_call_start|>[f({arguments})]<|tool_call_end|>"))
+        return processor.error is None
+
+    assert all(map(is_accepted, ["b=true", "a=false, b=true", "b=true, d=true", "a=false, b=true, c=false, d=true"]))
+    assert not any(
+        map(is_accepted, ["", "a=false", ", b=true", "b=true, ", "b=true, a=false", "b=true, b=true", "b=false"])
+    )
+
+
+@pytest.mark.parametrize("parameters", [{}, {"type": "object"}, {"properties": {"x": {"const": 1}}}])
+def test_undeclared_arguments_are_ruled_out(parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    tokenizer = marked_tokenizer()
+    processor = compile_calls(tokenizer, [tool], "f", GENERIC_FORMAT).make_processor()
+    after_brace = allowed_along(processor, tokenizer.encode('<tool_call>{"name": "f", "arguments": {'))[-1]
+    assert after_brace == {*tokenizer.encode('"}' if "properties" in parameters else "}")}
+
+
+def test_undeclared_arguments_are_allowed_where_the_schema_says_so():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"additionalProperties": {"const": 1}}}}
+    tokenizer = marked_tokenizer()
+    processor = compile_calls(tokenizer, [tool], "f", GENERIC_FORMAT).make_processor()
+    call = tokenizer.encode('<tool_call>{"name": "f", "arguments": {"anything": 1}}</tool_call>')
+    assert allowed_along(processor, call)[-1] == {tokenizer.eos_token_id}
+
+
+def test_names_are_written_as_json_has_them():
+    tool = {"type": "function", "function": {"name": 'say "hé"\n', "parameters": {}}}
+    tokenizer = marked_tokenizer()
+    processor = compile_calls(tokenizer, [tool], "required", GENERIC_FORMAT).make_processor()
+    call = tokenizer.encode(write_calls([{"name": 'say "hé"\n', "arguments": {}}]))
+    assert tokenizer.eos_token_id in allowed_along(processor, call)[-1]
+
+
+# A call or something else
+
+
+@pytest.mark.parametrize(
+    ("constraint", "answer"),
+    [
+        (JSONSchema({"type": "object", "properties": {"x": {"type": "integer"}}}), '{"x": 1}'),
+        (Regex(".*"), "<tool_cal"),
+        (Grammar('start: "a"+\n%ignore " "'), "a aa"),
+        (Choice(("yes", "<tool")), "<tool"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("markers", [(), ("<tool_call>", "</tool_call>")])
+@pytest.mark.parametrize("thinking_end", [(), (1,)])
+def test_with_a_free_choice_an_answer_is_calls_or_what_the_constraint_asks_for(
+    constraint, answer, markers, thinking_end
+):
+    tokenizer = marked_tokenizer(*markers, parser="json_tools")
+    compiled = ConstraintCompiler(tokenizer).compile(
+        constraint,
+        tools=TOOLS,
+        call_format=template_format(tokenizer),
+        thinking_end=thinking_end,
+    )
+    call = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
+    for text in (answer, call, f"{call}\n{call}"):
+        processor = compiled.make_processor()
+        assert tokenizer.eos_token_id in allowed_along(processor, tokenizer.encode(text))[-1], text
+        assert processor.error is None
+    processor = compiled.make_processor()
+    allowed_along(processor, tokenizer.encode('<tool_call>\n{"name": "pong", "arguments": {}}\n</tool_call>'))
+    assert processor.error or constraint == Regex(".*")
+
+
+def test_a_random_model_calls_or_follows_the_schema(model):
+    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", parser="json_tools")
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}
+    compiled = ConstraintCompiler(tokenizer).compile(
+        JSONSchema(schema), tools=[PING], call_format=template_format(tokenizer)
+    )
+    kinds = set()
+    for token_ids in answers(model, tokenizer.eos_token_ids, [compiled.make_processor() for _ in range(12)]):
+        text = tokenizer.decode(token_ids[:-1])
+        is_call = text.startswith("<tool_call>")
+        assert calls_in(text, template_format(tokenizer)) if is_call else {*json.loads(text)} <= {1, 2}
+        kinds.add(is_call)
+    assert kinds == {True, False}
+
+
+def test_calls_in_an_unknown_syntax_are_left_to_the_model_between_their_markers():
+    tokenizer = marked_tokenizer("<|tool_call>", "<tool_call|>", parser="gemma4")
+    compiled = ConstraintCompiler(tokenizer).compile(
+        Choice(("yes",)), tools=TOOLS, call_format=template_format(tokenizer)
+    )
+    start, end = tokenizer.encode("<|tool_call><tool_call|>")
+    assert allowed_along(compiled.make_processor(), tokenizer.encode("yes"))[-1] == {tokenizer.eos_token_id}
+    along = allowed_along(compiled.make_processor(), tokenizer.encode("<|tool_call>call:ping{}<tool_call|>"))
+    assert along[0] == {start, *tokenizer.encode("y")}
+    assert end in along[1]
+    assert start not in along[1]
+    assert along[-1] == {tokenizer.eos_token_id}
+
+
+def test_without_a_constraint_a_free_choice_is_free():
+    tokenizer = marked_tokenizer(parser="json_tools")
+    assert compile_calls(tokenizer, tool_choice="auto") is None
+
+
+def test_tools_that_may_not_be_called_dont_count():
+    tokenizer = marked_tokenizer(parser="json_tools")
+    assert compile_calls(tokenizer, tool_choice="none") is None
+    compiled = ConstraintCompiler(tokenizer).compile(
+        Choice(("yes",)), tools=TOOLS, tool_choice="none", call_format=template_format(tokenizer)
+    )
+    assert allowed_along(compiled.make_processor(), []) == [{*tokenizer.encode("y")}]
+
+
+def test_no_tool_may_be_called_even_if_one_is_called_none():
+    tokenizer = marked_tokenizer(parser="json_tools")
+    tool = {"type": "function", "function": {"name": "none", "parameters": {}}}
+    compiled = ConstraintCompiler(tokenizer).compile(
+        Choice(("yes",)), tools=[tool], tool_choice="none", call_format=template_format(tokenizer)
+    )
+    assert allowed_along(compiled.make_processor(), []) == [{*tokenizer.encode("y")}]
+
+
+# Refused
+
+
+@pytest.mark.parametrize("tool_choice", ["required", "f"])
+def test_a_syntax_that_cant_be_forced_is_refused_with_the_remedy(tool_choice):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(InvalidToolError, match='tool_format="generic"'):
+        compile_calls(marked_tokenizer(parser="gemma4"), [tool], tool_choice)
+    tokenizer = marked_tokenizer(parser="gemma4")
+    assert compile_calls(tokenizer, [tool], tool_choice, GENERIC_FORMAT) is not None
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ({"name": "f", "parameters": {"properties": {"x": {"type": "strin"}}}}, "'f' can't be enforced: Invalid type"),
+        ({"name": "f", "strict": True, "parameters": {"properties": {"x": {"not": {}}}}}, "Unimplemented keys"),
+        ({"name": "f", "parameters": {"type": "array"}}, "JSON schema of"),
+        ({"name": "f", "parameters": [1]}, "JSON schema of"),
+        ({"name": "f", "parameters": {"properties": ["x"]}}, "names and their schemas"),
+    ],
+)
+def test_parameters_that_cant_be_followed_are_refused_with_the_tools_name(function, reason):
+    tools = [PING, {"type": "function", "function": function}]
+    with pytest.raises(InvalidToolError, match=reason) as caught:
+        compile_calls(marked_tokenizer(), tools, "required", GENERIC_FORMAT)
+    assert "'f'" in str(caught.value)
+
+
+def test_keywords_that_cant_be_enforced_are_ignored_in_tools_that_arent_strict():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"not": {}}}}}}
+    assert compile_calls(marked_tokenizer(), [tool], "f", GENERIC_FORMAT) is not None
+
+
+@pytest.mark.parametrize(
+    ("parser", "name", "argument"),
+    [
+        ("qwen3_coder", "a b", "x"),
+        ("qwen3_coder", "f", "x>"),
+        ("mistral", "a.b", "x"),
+        ("pythonic", "get-it", "x"),
+        ("pythonic", "f", "x-y"),
+    ],
+)
+def test_names_that_a_models_parser_wouldnt_read_back_are_refused(parser, name, argument):
+    parameters = {"properties": {argument: {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+    with pytest.raises(InvalidToolError, match='tool_format="generic"'):
+        compile_calls(marked_tokenizer(parser=parser, chat_template="[ARGS]"), [tool], name)
+
+
+def test_a_choice_of_no_tool_is_refused():
+    with pytest.raises(InvalidToolError, match="'pong'"):
+        compile_calls(marked_tokenizer(parser="json_tools"), tool_choice="pong")
+    with pytest.raises(InvalidToolError, match="'required'"):
+        compile_calls(marked_tokenizer(parser="json_tools"), tools=[])
+    with pytest.raises(InvalidToolError, match="tool_format"):
+        ConstraintCompiler(marked_tokenizer()).compile(tools=TOOLS, tool_choice="required")
+
+
+def test_a_bad_constraint_is_blamed_on_the_constraint_and_not_on_the_tools():
+    with pytest.raises(InvalidConstraintError, match="unclosed group"):
+        ConstraintCompiler(marked_tokenizer()).compile(Regex("("), tools=TOOLS, call_format=GENERIC_FORMAT)
+
+
+def test_only_known_families_have_a_syntax():
+    unknown = ToolCallFormat("<call>", "</call>", None, parser=lambda body, tools: body)
+    assert call_syntax_of(unknown, None) is None
+    assert call_syntax_of(GENERIC_FORMAT, {"default": "a template among others"}) is not None
