@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -15,27 +14,19 @@ from typing import Any, Self, Unpack
 from omlx_core.mlx_backend import mx
 
 from omlx_core.cache.tiered_cache import TieredCache
-from omlx_core.engine.calls import MakeRequest, arun, results_of, run
-from omlx_core.engine.constraint_compiler import ConstraintCompiler
-from omlx_core.engine.constraint_processor import ConstraintProcessor
-from omlx_core.engine.divergence import RecentSequences
-from omlx_core.engine.output import OutputAssembler
-from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
+from omlx_core.engine.calls import arun, results_of, run
+from omlx_core.engine.params import GenerationOptions, Prompt
 from omlx_core.engine.prefix_cache import open_prefix_cache
 from omlx_core.engine.prefix_reuse import PrefixReuse
-from omlx_core.engine.progress import PrefillBar
+from omlx_core.engine.preparation import RequestMaker
 from omlx_core.engine.prompt_caches import PromptCaches
-from omlx_core.engine.request import Emit, Request
-from omlx_core.engine.results import Divergence, GenerationChunk, GenerationResult
+from omlx_core.engine.results import GenerationChunk, GenerationResult
 from omlx_core.engine.scheduler import Scheduler
 from omlx_core.engine.speculative import DraftedModel
-from omlx_core.errors import InvalidParameterError, InvalidSettingError
-from omlx_core.model.chat import RenderedChat
+from omlx_core.errors import InvalidSettingError
 from omlx_core.model.fingerprint import model_arrays
-from omlx_core.model.history import TokenHistory
 from omlx_core.model.load_progress import OnLoadProgress
-from omlx_core.model.loading import LoadedModel, context_length, load_model
-from omlx_core.model.prompts import PromptEncoder
+from omlx_core.model.loading import LoadedModel, load_model
 from omlx_core.settings import CacheSettings, EngineSettings
 
 
@@ -140,24 +131,16 @@ class Engine:
             return loaded, tiers, codec is not None and codec.has_checkpoints
 
         try:
-            loaded, tiers, self._has_checkpoints = scheduler.thread.call(load_and_serve)
+            loaded, tiers, has_checkpoints = scheduler.thread.call(load_and_serve)
         except BaseException:
             scheduler.thread.close()
             raise
         self._scheduler = scheduler
-        self._settings = settings
-        self._recent = RecentSequences()
+        self._maker = RequestMaker(loaded, settings, counts_system_tokens=has_checkpoints)
         self._cache = tiers
         self._name = loaded.name
-        self._weights_bytes = loaded.size_bytes
-        self._constraints = ConstraintCompiler(loaded.tokenizer)
         self._tokenizer = loaded.tokenizer
-        self._context_length = context_length(loaded.model, loaded.config, loaded.tokenizer)
-        self._vocab_size = getattr(getattr(loaded.model, "args", None), "vocab_size", None)
-        history = TokenHistory() if settings.token_faithful_history else None
-        self._encoder = PromptEncoder(
-            loaded.tokenizer, self._context_length, self._vocab_size, name=loaded.name, history=history
-        )
+        self._weights_bytes = loaded.size_bytes
         # Closes at interpreter exit too, while the thread still runs.
         self._finalizer = weakref.finalize(self, _close, scheduler, tiers, os.getpid())
 
@@ -179,12 +162,12 @@ class Engine:
     @property
     def context_length(self) -> int | None:
         """Most tokens of prompt and answer together; None if the model doesn't say."""
-        return self._context_length
+        return self._maker.context_length
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chat messages can be given as a prompt."""
-        return self._encoder.has_chat_template
+        return self._maker.encoder.has_chat_template
 
     @property
     def num_active_requests(self) -> int:
@@ -207,7 +190,7 @@ class Engine:
         Raises:
             InvalidPromptError: it can't be served.
         """
-        return self._encoder.encode(prompt).token_ids
+        return self._maker.encoder.encode(prompt).token_ids
 
     def count_tokens(self, prompt: Prompt) -> int:
         """How many tokens a prompt has, the template's included, whether or not it fits the context.
@@ -215,7 +198,7 @@ class Engine:
         Raises:
             InvalidPromptError: it is empty or malformed.
         """
-        return len(self._encoder.encode_unbounded(prompt).token_ids)
+        return len(self._maker.encoder.encode_unbounded(prompt).token_ids)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Answer a prompt and wait for the whole answer.
@@ -244,7 +227,7 @@ class Engine:
             InvalidRequestError: at once.
             Others, see `generate`: while iterating.
         """
-        make_requests = self._prepare(prompt, 1, options)
+        make_requests = self._maker.prepare(prompt, 1, options)
 
         def chunks() -> Generator[GenerationChunk]:
             for _, chunk in run(self._scheduler, make_requests):
@@ -275,7 +258,7 @@ class Engine:
 
     def astream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> AsyncGenerator[GenerationChunk]:
         """Like `stream`, on an event loop."""
-        make_requests = self._prepare(prompt, 1, options)
+        make_requests = self._maker.prepare(prompt, 1, options)
 
         async def chunks() -> AsyncGenerator[GenerationChunk]:
             async with aclosing(arun(self._scheduler, make_requests)) as running:
@@ -307,95 +290,11 @@ class Engine:
         self.close()
 
     def _sample(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[GenerationResult]:
-        return results_of([*run(self._scheduler, self._prepare(prompt, n, options))], n)
+        return results_of([*run(self._scheduler, self._maker.prepare(prompt, n, options))], n)
 
     async def _asample(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[GenerationResult]:
-        async with aclosing(arun(self._scheduler, self._prepare(prompt, n, options))) as running:
+        async with aclosing(arun(self._scheduler, self._maker.prepare(prompt, n, options))) as running:
             return results_of([arrived async for arrived in running], n)
-
-    def _prepare(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[MakeRequest]:
-        """Validate everything; what is returned makes the requests and can't fail."""
-        params = self._check(GenerationParams.from_options(options), n)
-        encoded = self._encoder.encode(prompt, params)
-        if self._context_length is not None:
-            room = self._context_length - len(encoded.token_ids)
-            params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
-        if params.progress:
-            params = dataclasses.replace(params, on_prefill=PrefillBar(params.on_prefill))
-        make_constraint = self._compile_constraint(params, encoded.chat)
-        system_tokens = self._encoder.count_system_tokens(prompt, encoded, params) if self._has_checkpoints else 0
-        divergence = self._find_divergence(encoded.token_ids, params)
-        # The requests must not keep the engine from being collected.
-        tokenizer, encoder, recent = self._tokenizer, self._encoder, self._recent
-
-        def finished(answer_ids: list[int]) -> None:
-            encoder.remember(encoded, params, answer_ids)
-            if params.store:
-                recent.add([*encoded.token_ids, *answer_ids], params.extra_keys)
-
-        def make(sample_params: GenerationParams, emit: Emit) -> Request:
-            return Request(
-                encoded.token_ids,
-                sample_params,
-                emit,
-                OutputAssembler(tokenizer, sample_params, encoded.chat),
-                system_tokens=system_tokens,
-                on_finished=finished,
-                divergence=divergence,
-                make_constraint=make_constraint,
-            )
-
-        return [partial(make, _params_of_sample(params, index)) for index in range(n)]
-
-    def _check(self, params: GenerationParams, n: int) -> GenerationParams:
-        """Check what depends on the engine."""
-        most = self._settings.max_batch_size
-        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
-            raise InvalidParameterError(f"n={n!r}: give a whole number from 1 to max_batch_size={most}")
-        if params.stop and self._tokenizer is None:
-            raise InvalidParameterError(f"stop={params.stop!r}: this engine has no tokenizer and so no text to stop at")
-        unknown = [token_id for token_id in params.logit_bias if token_id >= (self._vocab_size or 2**32)]
-        if unknown:
-            raise InvalidParameterError(
-                f"logit_bias: token ids {unknown[:5]} are not in the vocabulary of {self._vocab_size} tokens"
-            )
-        return params
-
-    def _compile_constraint(
-        self, params: GenerationParams, chat: RenderedChat | None
-    ) -> Callable[[], ConstraintProcessor] | None:
-        """What makes an answer follow its constraint, or call the tool that it must; None if it is free."""
-        thinking_start, thinking_end = ([], []) if chat is None else self._thinking_tokens(chat)
-        compiled = self._constraints.compile(
-            params.constraint,
-            tools=() if chat is None else chat.tools,
-            tool_choice=params.tool_choice,
-            call_format=None if chat is None else chat.call_format,
-            thinking_start=thinking_start,
-            thinking_end=thinking_end,
-        )
-        if compiled is None:
-            return None
-        is_thinking_open = chat is not None and chat.is_thinking_open
-        return partial(compiled.make_processor, starts_in_thinking=is_thinking_open)
-
-    def _thinking_tokens(self, chat: RenderedChat) -> tuple[list[int], list[int]]:
-        """The tokens by which the answer may open thinking, and those that end it; none if it has been ended."""
-        tokenizer = self._tokenizer
-        if not tokenizer.has_thinking or chat.text.rstrip().endswith(tokenizer.think_end):
-            return [], []
-        return [] if chat.is_thinking_open else list(tokenizer.think_start_tokens), list(tokenizer.think_end_tokens)
-
-    def _find_divergence(self, token_ids: list[int], params: GenerationParams) -> Divergence | None:
-        decode = self._tokenizer.decode if params.divergence_text and self._tokenizer is not None else None
-        return self._recent.find_divergence(token_ids, params.extra_keys, decode)
-
-
-def _params_of_sample(params: GenerationParams, index: int) -> GenerationParams:
-    """Each sample draws from a seed of its own."""
-    if params.seed is None or not index:
-        return params
-    return dataclasses.replace(params, seed=(params.seed + index) % 2**64)
 
 
 def _close(scheduler: Scheduler, tiers: TieredCache, process_id: int) -> None:
