@@ -30,6 +30,27 @@ def tiny_llama(dtype: str = "float32", seed: int = 0, **overrides: Any) -> Any:
     return _with_random_weights(Model(ModelArgs(**{**options, **overrides})), dtype, seed)
 
 
+def tiny_qwen3(dtype: str = "float32", seed: int = 0) -> Any:
+    """A qwen3 with two layers: unlike a llama, it leaves the choice of its caches to mlx-lm."""
+    from mlx_lm.models.qwen3 import Model, ModelArgs
+
+    args = ModelArgs(
+        model_type="qwen3",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        vocab_size=VOCAB_SIZE,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    )
+    return _with_random_weights(Model(args), dtype, seed)
+
+
 def tiny_gemma3(window: int = 48, head_dim: int = 16, dtype: str = "float32", seed: int = 0) -> Any:
     """A gemma3 with four layers of a sliding window and two of full attention."""
     from mlx_lm.models.gemma3_text import Model, ModelArgs

@@ -1,14 +1,13 @@
 """Quantized and bounded keys and values: one engine setting, another namespace, the same answers from the cache."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from omlx_core.mlx_backend import mx
 
 import pytest
 from mlx_lm.generate import generate_step
-from tiny_models import tiny_gemma3, tiny_llama, tiny_mamba
+from tiny_models import tiny_gemma3, tiny_llama, tiny_mamba, tiny_qwen3
 
 from omlx_core import CacheSettings, Engine, EngineSettings
 from omlx_core.errors import InvalidSettingError
@@ -45,6 +44,8 @@ def settings(request):
 
 @pytest.fixture
 def model(request, llama, settings):
+    if settings.max_kv_size is not None:
+        return tiny_qwen3()
     return tiny_gemma3(head_dim=32) if "windows" in request.node.callspec.id else llama
 
 
@@ -94,10 +95,26 @@ def test_answer_does_not_depend_on_the_steps_of_the_prefill(model, settings):
 def test_requests_side_by_side_are_answered_as_alone(model, settings):
     prompts = [tokens(length, seed=length) for length in (20, 60, 130, 150)]
     with open_engine(model, settings) as engine:
-        alone = [generate(engine, prompt).token_ids for prompt in prompts]
-        with ThreadPoolExecutor(4) as callers:
-            together = list(callers.map(lambda prompt: generate(engine, prompt).token_ids, prompts))
-    assert together == alone
+        alone = [generate(engine, prompt) for prompt in prompts]
+        streams = [engine.stream(prompt, max_tokens=32, logprobs=True) for prompt in prompts]
+        firsts = [next(stream) for stream in streams]
+        together = [list(stream)[-1].result for stream in streams]
+    assert len(firsts) == 4
+    for result, expected in zip(together, alone, strict=True):
+        assert result.token_ids == expected.token_ids
+        assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [66, 82])
+def test_single_token_behind_a_boundary_is_computed_as_in_the_cold_run(model, settings, length):
+    # Of 82 tokens, 81 are prefilled: five blocks, where quantization may begin, and one token more.
+    prompt = tokens(length)
+    with open_engine(model, settings, no_cache=True) as engine:
+        cold = generate(engine, prompt)
+    with open_engine(model, settings) as engine:
+        results = [generate(engine, prompt) for _ in range(2)]
+    assert results[1].usage.cached_tokens > 0
+    assert [result.logprobs for result in results] == [cold.logprobs] * 2
 
 
 @pytest.mark.parametrize("other", [{}, {"kv_bits": 4, "kv_group_size": 32}, {"max_kv_size": 300}])
@@ -122,14 +139,15 @@ def test_quantized_blocks_take_the_bytes_of_their_bits(llama):
     assert sizes == [sizes[0], sizes[0] * 10 // 32, sizes[0] * 6 // 32]
 
 
-def test_bounded_model_answers_as_mlx_lm_does(llama):
-    prompt = tokens(150)
-    expected = [
-        token
-        for token, _ in generate_step(mx.array(prompt), llama, max_tokens=20, max_kv_size=48, prefill_step_size=64)
-    ]
-    with open_engine(llama, EngineSettings(max_kv_size=48)) as engine:
-        assert [generate(engine, prompt, 20).token_ids for _ in range(2)] == [expected, expected]
+def test_bounded_model_answers_as_mlx_lm_does():
+    model, prompt = tiny_qwen3(), tokens(150)
+    steps = generate_step(mx.array(prompt), model, max_tokens=40, max_kv_size=48, prefill_step_size=BLOCK_SIZE)
+    expected = [(token, logprobs[token].item()) for token, logprobs in steps]
+    with open_engine(model, EngineSettings(max_kv_size=48)) as engine:
+        for _ in range(2):
+            result = generate(engine, prompt, 40)
+            assert result.token_ids == [token for token, _ in expected]
+            assert result.logprobs == pytest.approx([logprob for _, logprob in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ class PrefixReuse:
         if not request.params.store:
             return
         is_boundary = table.num_tokens % self._cache.block_size == 0
-        if table.num_tokens == self._prompt_caches.must_stop_at:
+        quantization = self._prompt_caches.quantization
+        if quantization is not None and table.num_tokens == quantization.start_tokens:
             self._store(request, extract())  # from here on only quantized rows can be had
         is_due = is_boundary and (codec.has_windows or codec.has_checkpoints)
         if request.recorder is not None:

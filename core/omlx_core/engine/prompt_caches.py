@@ -49,9 +49,11 @@ class PromptCaches:
 
     def __init__(self, model: Any, name: str, settings: EngineSettings, block_size: int) -> None:
         self._model = model
+        self._block_size = block_size
         self._max_kv_size = settings.max_kv_size
+        self._is_bounded = settings.max_kv_size is not None and not hasattr(model, "make_cache")
         self.quantization: KVQuantization | None = None
-        if settings.max_kv_size is not None and hasattr(model, "make_cache"):
+        if settings.max_kv_size is not None and not self._is_bounded:
             logger.warning("max_kv_size=%d has no effect on %s, which sets its own", settings.max_kv_size, name)
         if settings.kv_bits is not None:
             start_tokens = -(-settings.quantized_kv_start // block_size) * block_size
@@ -68,10 +70,20 @@ class PromptCaches:
         if self.quantization is not None:
             self.quantization.apply(prompt_cache)
 
-    @property
-    def must_stop_at(self) -> int | None:
-        """A number of tokens that no step of a sequence may go past unless it starts there."""
-        return self.quantization.start_tokens if self.quantization else None
+    def end_of_step(self, num_tokens: int, wanted: int) -> int:
+        """Where the next step of a prefill must end.
+
+        A bounded cache forgets between two steps, so what a prompt comes to depends on where it is cut: it is read
+        block by block, whether or not it begins with restored ones. Quantization starts between two steps as well.
+
+        Args:
+            num_tokens: tokens that are computed.
+            wanted: where it would end if it were free to.
+        """
+        if self._is_bounded:
+            return num_tokens - num_tokens % self._block_size + self._block_size
+        start_tokens = self.quantization.start_tokens if self.quantization else 0
+        return min(wanted, start_tokens) if num_tokens < start_tokens else wanted
 
     def find_handler(self, leaf: Any) -> Handler | None:
         """How the prefix cache keeps a layer."""

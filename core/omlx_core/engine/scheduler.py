@@ -252,9 +252,9 @@ class Scheduler:
         stop = min(request.num_computed + self._settings.prefill_step_size, end)
         if end - stop == 1:
             stop = end  # a single token takes another path through some layers, and rounds otherwise
-        # A recurrent state can only be had where the computation stops; quantization starts between two steps.
-        stops = {*request.checkpoints_at, self._prompt_caches.must_stop_at or 0}
-        stop = min([stop, *(at for at in stops if at > request.num_computed)])
+        stop = min(self._prompt_caches.end_of_step(request.num_computed, stop), end)
+        # A recurrent state can only be had where the computation stops.
+        stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
         step = request.prompt_ids[request.num_computed : stop]
         if step:
             self._compute(request, step)
