@@ -24,6 +24,7 @@ from importlib.metadata import version
 
 from omlx_core.mlx_backend import backend_name, mx
 
+from harness import seconds
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
@@ -37,12 +38,6 @@ BATCH_SIZE = 8
 
 def make_prompt(seed: int, num_tokens: int) -> list[int]:
     return [(7919 * (seed + 1) + 31 * i) % 40000 + 100 for i in range(num_tokens)]
-
-
-def seconds(function) -> float:
-    start_s = time.perf_counter()
-    function()
-    return time.perf_counter() - start_s
 
 
 def batch_generate(loaded, prompts, num_tokens) -> None:

@@ -22,12 +22,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from harness import median_s
 from tqdm import tqdm, trange
 
 from omlx_core.cache.block_file import BlockIdentity, encode_block, encode_token_ids
@@ -96,15 +97,6 @@ def fill_with_rows(directory: Path, num_rows: int) -> None:
                 for number, (block_hash, parent, depth) in enumerate(tqdm(chains(num_rows), "rows", num_rows))
             ),
         )
-
-
-def median_s(action: Callable[[], None], runs: int) -> float:
-    durations_s = []
-    for _ in range(runs):
-        begin_s = time.perf_counter()
-        action()
-        durations_s.append(time.perf_counter() - begin_s)
-    return statistics.median(durations_s)
 
 
 def measure_opening(directory: Path, runs: int) -> float:

@@ -267,9 +267,10 @@ class BlockPool:
 
     def evict_least_recently_used(self) -> bool:
         """Empty the least recently used cached block; False if there is none."""
-        fronts = (self._checkpoints.cached.front, self._others.cached.front)
-        candidates = [block for block in fronts if block is not None]
-        return self._evict(min(candidates, key=_released_at, default=None))
+        checkpoint, other = self._checkpoints.cached.front, self._others.cached.front
+        if checkpoint is None or (other is not None and other.released_at < checkpoint.released_at):
+            return self._evict(other)
+        return self._evict(checkpoint)
 
     def evict_checkpoint(self) -> bool:
         """Empty the least recently used cached checkpoint; False if there is none."""

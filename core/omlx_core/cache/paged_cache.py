@@ -120,7 +120,7 @@ class PagedCacheManager:
                 break
             table.blocks.append(block)
         table.num_committed = len(table.blocks)
-        table.token_ids = list(token_ids[: table.num_committed * self.block_size])
+        table.token_ids = list(reusable[: table.num_committed * self.block_size])
         return table
 
     def append_tokens(self, table: BlockTable, token_ids: Iterable[int]) -> None:

@@ -32,11 +32,16 @@ class BlockTensor:
 
 @dataclass(frozen=True, slots=True)
 class BlockPayload:
-    """The tensors of one block, by name. Immutable, so that tiers and requests may share it."""
+    """The tensors of one block, by name. Immutable, so that tiers and requests may share it.
+
+    Attributes:
+        tensors: the tensors.
+        size_bytes: size of all elements in bytes; the unit of the hot tier's budget.
+    """
 
     tensors: Mapping[str, BlockTensor]
+    # Summed once: the pool adds and subtracts it with every step that a block takes.
+    size_bytes: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def size_bytes(self) -> int:
-        """Size of all elements in bytes; the unit of the hot tier's budget."""
-        return sum(tensor.size_bytes for tensor in self.tensors.values())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size_bytes", sum(tensor.size_bytes for tensor in self.tensors.values()))

@@ -138,7 +138,7 @@ class TieredCache:
         while num_blocks and not self._paged.acquire_parts(table, needs(num_blocks)):
             num_blocks -= 1
         self._paged.truncate(table, num_blocks)
-        rows = [self._content(block, self._tokens_of(table, i)) for i, block in enumerate(table.blocks)]
+        rows = [self._rows(table, position) for position in range(len(table.blocks))]
         parts = {key: self._content(block, ()) for key, block in table.parts.items()}
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
@@ -309,6 +309,11 @@ class TieredCache:
                 self.retry_unsaved()
             self._ssd.close(max(0.0, deadline_s - time.monotonic()))
         self._events.close()
+
+    def _rows(self, table: BlockTable, position: int) -> Content:
+        block = table.blocks[position]
+        # Its tokens are looked at only if they have to be compared with a file's: most blocks are in RAM.
+        return self._content(block, self._tokens_of(table, position) if block.payload is None else ())
 
     def _content(self, block: CacheBlock, token_ids: Sequence[int]) -> Content:
         payload = block.payload

@@ -1,0 +1,119 @@
+"""What the benchmarks share: timing in turn, medians, a JSON report, and a table of figures against their bars.
+
+Alternatives are always measured in turn, in both orders, so that a busy machine is equally bad for each. Their ratio
+can then be trusted where the times themselves can't.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from omlx_core.mlx_backend import backend_name
+
+from tqdm import trange
+
+DISTRIBUTIONS = ("omlx-plugins", "mlx", "mlx-lm", "numpy")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long a call takes. What it returns is freed afterwards, outside the time."""
+    begin_s = time.perf_counter()
+    result = action()
+    elapsed_s = time.perf_counter() - begin_s
+    del result
+    return elapsed_s
+
+
+def median_s(action: Callable[[], object], runs: int) -> float:
+    """The median time of a call that has no alternative."""
+    return statistics.median(seconds(action) for _ in range(runs))
+
+
+def medians_in_turn(
+    measures: Mapping[str, Callable[[], float]], runs: int, *, description: str = "runs", warm_up: int = 0
+) -> dict[str, float]:
+    """The medians of what several measures return, each called once per run, every other run in reverse order.
+
+    Args:
+        measures: each prepares, measures and cleans up by itself, and returns the seconds, or bytes, that count.
+        runs: how many of each count.
+        description: of the progress bar.
+        warm_up: runs before those, that don't count.
+    """
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    for run in trange(warm_up + runs, desc=description):
+        for name in list(measures)[:: 1 if run % 2 else -1]:
+            value = measures[name]()
+            if run >= warm_up:
+                values[name].append(value)
+    return {name: statistics.median(samples) for name, samples in values.items()}
+
+
+def environment(*more_distributions: str) -> dict[str, Any]:
+    """The machine, what computes on it, and the versions of what is measured."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "backend": backend_name(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in (*DISTRIBUTIONS, *more_distributions)},
+        },
+    }
+
+
+def print_report(**content: Any) -> None:
+    """Print the environment and what was found as JSON, to standard output."""
+    json.dump({**environment(), **content}, sys.stdout, indent=2)
+    print()
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure and the bar that it has to stay under.
+
+    Attributes:
+        operation: what was measured, and against what.
+        value: the figure.
+        unit: its unit, such as "ms"; "x" for a ratio.
+        bar: the highest value that is good enough.
+    """
+
+    operation: str
+    value: float
+    unit: str
+    bar: float
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bar is kept."""
+        return self.value <= self.bar
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "operation": self.operation,
+            "value": float(f"{self.value:.4g}"),
+            "unit": self.unit,
+            "bar": self.bar,
+            "met": self.is_met,
+        }
+
+
+def print_table(figures: Sequence[Figure]) -> None:
+    """Print the figures for people, to standard error, so that standard output is JSON alone."""
+    rows = [("operation", "measured", "bar", "")]
+    for figure in figures:
+        measured, bar = f"{figure.value:.3g} {figure.unit}", f"<= {figure.bar:g} {figure.unit}"
+        rows.append((figure.operation, measured, bar, "met" if figure.is_met else "MISSED"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
