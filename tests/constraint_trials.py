@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import AddedToken
 
+from omlx_core.engine.constraint_compiler import CompiledConstraint
 from omlx_core.engine.constraint_processor import ConstraintProcessor
 from omlx_core.engine.sampling import LogitsProcessor
 
@@ -102,3 +103,9 @@ def allowed_along(
     """What is allowed first, and after each of some tokens, which are fed one by one after a prompt."""
     prompt = [1, 2, 3]
     return [allowed_ids(processor, [*prompt, *token_ids[:count]], vocab_size) for count in range(len(token_ids) + 1)]
+
+
+def is_whole_answer(compiled: CompiledConstraint, tokenizer: TokenizerWrapper, text: str, **options: Any) -> bool:
+    """Whether a text follows a constraint from its beginning to its end; `options` are those of `make_processor`."""
+    processor = compiled.make_processor(**options)
+    return tokenizer.eos_token_id in allowed_along(processor, tokenizer.encode(text))[-1] and processor.error is None

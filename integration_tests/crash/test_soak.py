@@ -25,6 +25,7 @@ from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 
 SOAK_S = float(os.environ.get("SOAK_SECONDS", "6"))
 KILL_EVERY_S = 5.0
+PATIENCE_S = 120
 
 
 class Worker:
@@ -46,6 +47,10 @@ class Worker:
         lines = [line for line in self._log.read_text().splitlines() if line.endswith("}")]
         return json.loads(lines[-1]) if lines else {}
 
+    def has_met_the_other(self) -> bool:
+        counts = self.counts()
+        return counts.get("reused_of_others", 0) > 0
+
     def kill(self) -> None:
         self._process.kill()
         self._process.communicate(timeout=30)
@@ -55,7 +60,7 @@ class Worker:
         return self._process.returncode
 
 
-@pytest.mark.timeout(SOAK_S + 300)
+@pytest.mark.timeout(SOAK_S + PATIENCE_S + 300)
 def test_two_processes_at_full_load_end_with_a_clean_folder(tmp_path: Path) -> None:
     directory = tmp_path / "kv"
     generator = random.Random()
@@ -66,7 +71,10 @@ def test_two_processes_at_full_load_end_with_a_clean_folder(tmp_path: Path) -> N
     next_kill_s = time.monotonic() + KILL_EVERY_S
     try:
         with tqdm(total=round(SOAK_S), desc="soaking", unit="s", disable="SOAK_SECONDS" not in os.environ) as bar:
-            while (now_s := time.monotonic()) < end_s:
+            # On a busy machine the two may need longer to meet.
+            while (now_s := time.monotonic()) < end_s or (
+                now_s < end_s + PATIENCE_S and not all(worker.has_met_the_other() for worker in workers)
+            ):
                 time.sleep(0.2)
                 largest_bytes = max(largest_bytes, bytes_on_disk(directory))
                 # The last seconds are for both to meet undisturbed.

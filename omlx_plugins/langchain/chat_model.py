@@ -91,8 +91,8 @@ class ChatOMLX(BaseOMLX, BaseChatModel):
     ) -> ChatResult:
         options = self._call_options(stop, kwargs)
         prompt = to_engine_messages(messages)
-        engine = self.get_engine()
-        return self._chat_result(engine, engine.generate(prompt, **options))
+        with self.lease_engine() as engine:
+            return self._chat_result(engine, engine.generate(prompt, **options))
 
     async def _agenerate(
         self,
@@ -103,8 +103,8 @@ class ChatOMLX(BaseOMLX, BaseChatModel):
     ) -> ChatResult:
         options = self._call_options(stop, kwargs)
         prompt = to_engine_messages(messages)
-        engine = await self.aget_engine()
-        return self._chat_result(engine, await engine.agenerate(prompt, **options))
+        async with self.alease_engine() as engine:
+            return self._chat_result(engine, await engine.agenerate(prompt, **options))
 
     def _stream(
         self,
@@ -115,8 +115,7 @@ class ChatOMLX(BaseOMLX, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         options = self._call_options(stop, kwargs)
         prompt = to_engine_messages(messages)
-        engine = self.get_engine()
-        with closing(engine.stream(prompt, **options)) as chunks:
+        with self.lease_engine() as engine, closing(engine.stream(prompt, **options)) as chunks:
             for chunk in chunks:
                 if not chunk.text and chunk.result is None:
                     continue  # part of a character, or of what may become a stop text
@@ -134,8 +133,7 @@ class ChatOMLX(BaseOMLX, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         options = self._call_options(stop, kwargs)
         prompt = to_engine_messages(messages)
-        engine = await self.aget_engine()
-        async with aclosing(engine.astream(prompt, **options)) as chunks:
+        async with self.alease_engine() as engine, aclosing(engine.astream(prompt, **options)) as chunks:
             async for chunk in chunks:
                 if not chunk.text and chunk.result is None:
                     continue  # as in `_stream`

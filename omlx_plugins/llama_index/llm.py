@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, closing
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -91,63 +91,61 @@ class OMLX(BaseOMLX, LLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         options = self.generation_options(kwargs)
-        engine = self.get_engine()
-        result = engine.generate(self._chat_prompt(engine, messages), **options)
-        return self._chat_response(engine, result.text, result)
+        with self.lease_engine() as engine:
+            result = engine.generate(self._chat_prompt(engine, messages), **options)
+            return self._chat_response(engine, result.text, result)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         options = self.generation_options(kwargs)
-        engine = await self.aget_engine()
-        result = await engine.agenerate(self._chat_prompt(engine, messages), **options)
-        return self._chat_response(engine, result.text, result)
+        async with self.alease_engine() as engine:
+            result = await engine.agenerate(self._chat_prompt(engine, messages), **options)
+            return self._chat_response(engine, result.text, result)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece."""
         options = self.generation_options(kwargs)
-        engine = self.get_engine()
-        return _stream(engine, self._chat_prompt(engine, messages), options, self._chat_response)
+        prompt = self._chat_prompt(self.get_engine(), messages)
+        return _stream(self.lease_engine(), prompt, options, self._chat_response)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece."""
         options = self.generation_options(kwargs)
-        engine = await self.aget_engine()
-        return _astream(engine, self._chat_prompt(engine, messages), options, self._chat_response)
+        prompt = self._chat_prompt(await self.aget_engine(), messages)
+        return _astream(self.alease_engine(), prompt, options, self._chat_response)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, or continue it if it is formatted."""
         options = self.generation_options(kwargs)
-        engine = self.get_engine()
-        result = engine.generate(self._completion_prompt(engine, prompt, formatted), **options)
-        return self._completion_response(engine, result.text, result)
+        with self.lease_engine() as engine:
+            result = engine.generate(self._completion_prompt(engine, prompt, formatted), **options)
+            return self._completion_response(engine, result.text, result)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, or continue it if it is formatted."""
         options = self.generation_options(kwargs)
-        engine = await self.aget_engine()
-        result = await engine.agenerate(self._completion_prompt(engine, prompt, formatted), **options)
-        return self._completion_response(engine, result.text, result)
+        async with self.alease_engine() as engine:
+            result = await engine.agenerate(self._completion_prompt(engine, prompt, formatted), **options)
+            return self._completion_response(engine, result.text, result)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt, or continue it if it is formatted, piece by piece."""
         options = self.generation_options(kwargs)
-        engine = self.get_engine()
-        engine_prompt = self._completion_prompt(engine, prompt, formatted)
-        return _stream(engine, engine_prompt, options, self._completion_response)
+        engine_prompt = self._completion_prompt(self.get_engine(), prompt, formatted)
+        return _stream(self.lease_engine(), engine_prompt, options, self._completion_response)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Answer a prompt, or continue it if it is formatted, piece by piece."""
         options = self.generation_options(kwargs)
-        engine = await self.aget_engine()
-        engine_prompt = self._completion_prompt(engine, prompt, formatted)
-        return _astream(engine, engine_prompt, options, self._completion_response)
+        engine_prompt = self._completion_prompt(await self.aget_engine(), prompt, formatted)
+        return _astream(self.alease_engine(), engine_prompt, options, self._completion_response)
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """Answer a prompt template."""
@@ -207,11 +205,11 @@ class _Respond(Protocol[R_co]):
 
 
 def _stream(
-    engine: Engine, prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
+    lease: AbstractContextManager[Engine], prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
 ) -> Generator[R_co, None, None]:
     """A response, with the text so far, for each chunk that adds text and for the last one."""
     text = ""
-    with closing(engine.stream(prompt, **options)) as chunks:
+    with lease as engine, closing(engine.stream(prompt, **options)) as chunks:
         for chunk in chunks:
             text += chunk.text
             if chunk.text or chunk.result is not None:
@@ -219,11 +217,11 @@ def _stream(
 
 
 async def _astream(
-    engine: Engine, prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
+    lease: AbstractAsyncContextManager[Engine], prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
 ) -> AsyncGenerator[R_co, None]:
     """As `_stream`."""
     text = ""
-    async with aclosing(engine.astream(prompt, **options)) as chunks:
+    async with lease as engine, aclosing(engine.astream(prompt, **options)) as chunks:
         async for chunk in chunks:
             text += chunk.text
             if chunk.text or chunk.result is not None:

@@ -55,7 +55,7 @@ class ModelTable:
 def content_of(identity: Identity) -> bytes:
     """Bytes that no other identity has, of one of three sizes."""
     _, token_ids, part = identity
-    smallest = 120 if part == CHECKPOINT else 100
+    smallest = 200 if part == CHECKPOINT else 100
     return repr(identity).encode().ljust(smallest + 20 * (sum(token_ids) % 3), b".")
 
 
@@ -285,6 +285,7 @@ prompts = st.builds(
 )
 salts = st.sampled_from([(), (), (), ("salt:a",)])
 mostly = st.sampled_from([True, True, False])
+positions = st.lists(st.integers(0, 3), unique=True, max_size=3)
 
 
 class PagedCacheMachine(RuleBasedStateMachine):
@@ -293,9 +294,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.integers(1, 3),
         initial_blocks=st.integers(1, 4),
-        hot_max_bytes=st.sampled_from([None, 420, 700, 290, 110]),
+        hot_max_bytes=st.sampled_from([None, 420, 1400, 700, 1000, 290, 110]),
         max_blocks=st.sampled_from([None, None, 16, 8, 3]),
-        checkpoint_share=st.sampled_from([0.5, 0.3, 0.9, 1.0]),
+        checkpoint_share=st.sampled_from([0.5, 0.35, 0.7, 1.0]),
         has_cold_tier=mostly,
         stored_by_an_earlier_process=st.lists(prompts, max_size=3),
     )
@@ -358,16 +359,22 @@ class PagedCacheMachine(RuleBasedStateMachine):
         return request
 
     def run(
-        self, token_ids: list[int], extra_keys: tuple[str, ...], promotes: bool, is_accepted_by_cold_tier: bool
+        self,
+        token_ids: list[int],
+        extra_keys: tuple[str, ...],
+        promotes: bool,
+        checkpoints: list[int],
+        is_accepted_by_cold_tier: bool,
     ) -> Request:
         """A request up to its end."""
         request = self.begin(token_ids, extra_keys, leaves_one=True)
+        self.acquire_part(request, request.model.num_committed - 1, CHECKPOINT, promotes)
         if promotes:
             self.promote(request)
         self.append(request, token_ids[len(request.model.token_ids) :])
         self.commit(request, is_accepted_by_cold_tier, shares=True)
-        if request.model.num_committed:
-            self.commit_part(request, PartKey(request.model.num_committed - 1, CHECKPOINT), is_accepted_by_cold_tier)
+        for position in checkpoints:
+            self.keep_part(request, position, CHECKPOINT, is_accepted_by_cold_tier)
         return request
 
     @rule(
@@ -375,18 +382,35 @@ class PagedCacheMachine(RuleBasedStateMachine):
         token_ids=prompts,
         extra_keys=salts,
         promotes=mostly,
+        checkpoints=positions,
         is_accepted_by_cold_tier=mostly,
     )
     def serve(
-        self, token_ids: list[int], extra_keys: tuple[str, ...], promotes: bool, is_accepted_by_cold_tier: bool
+        self,
+        token_ids: list[int],
+        extra_keys: tuple[str, ...],
+        promotes: bool,
+        checkpoints: list[int],
+        is_accepted_by_cold_tier: bool,
     ) -> Request:
-        return self.run(token_ids, extra_keys, promotes, is_accepted_by_cold_tier)
+        return self.run(token_ids, extra_keys, promotes, checkpoints, is_accepted_by_cold_tier)
 
-    @rule(token_ids=prompts, extra_keys=salts, promotes=mostly, is_accepted_by_cold_tier=mostly)
+    @rule(
+        token_ids=prompts,
+        extra_keys=salts,
+        promotes=mostly,
+        checkpoints=positions,
+        is_accepted_by_cold_tier=mostly,
+    )
     def serve_to_the_end(
-        self, token_ids: list[int], extra_keys: tuple[str, ...], promotes: bool, is_accepted_by_cold_tier: bool
+        self,
+        token_ids: list[int],
+        extra_keys: tuple[str, ...],
+        promotes: bool,
+        checkpoints: list[int],
+        is_accepted_by_cold_tier: bool,
     ) -> None:
-        self.free(self.run(token_ids, extra_keys, promotes, is_accepted_by_cold_tier), times=1)
+        self.free(self.run(token_ids, extra_keys, promotes, checkpoints, is_accepted_by_cold_tier), times=1)
 
     @rule(target=requests, token_ids=prompts, extra_keys=salts, leaves_one=st.booleans())
     def match(self, token_ids: list[int], extra_keys: tuple[str, ...], leaves_one: bool) -> Request:
@@ -450,7 +474,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
     @rule(request=requests, position=st.integers(0, 3), part=st.sampled_from(PARTS), promotes=mostly)
     def acquire_part(self, request: Request, position: int, part: Part, promotes: bool) -> None:
         key = PartKey(position, part)
-        if position >= request.model.num_committed or key in request.model.parts:
+        if not 0 <= position < request.model.num_committed or key in request.model.parts:
             return
         is_found = self.model.acquire_part(request.model, key)
         assert self.manager.acquire_parts(request.real, [key]) == is_found

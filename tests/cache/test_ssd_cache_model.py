@@ -29,7 +29,7 @@ WAIT_S = 30.0
 NUM_BLOCKS = 10
 NUM_CHECKPOINTS = 6
 MAX_SIZE_BYTES = 6_000  # between five and seven files
-CHECKPOINT_SHARE = 0.4  # two or three
+CHECKPOINT_SHARE = 0.25  # one or two
 NAMESPACES = [hash_namespace({"model": name}) for name in "AB"]
 OWNERS = [0, 0, 1]  # two managers share a namespace, the third has the other
 
@@ -37,7 +37,8 @@ Key = tuple[int, int]
 """A namespace and a number in its binary tree of blocks; from `NUM_BLOCKS` on, checkpoints of its first blocks."""
 
 managers = st.integers(0, len(OWNERS) - 1)
-numbers = st.integers(0, NUM_BLOCKS + NUM_CHECKPOINTS - 1)
+checkpoints = st.integers(NUM_BLOCKS, NUM_BLOCKS + NUM_CHECKPOINTS - 1)
+numbers = st.one_of(st.integers(0, NUM_BLOCKS - 1), checkpoints)
 
 
 def part_of(key: Key) -> Part:

@@ -11,7 +11,6 @@ from tiny_models import tiny_llama
 from tiny_tokenizer import CHAT_TEMPLATE
 
 from omlx_core import CacheSettings, Engine, EngineSettings
-from omlx_core.engine.params import GenerationParams
 from omlx_core.errors import InvalidPromptError, InvalidToolError
 
 BLOCK_SIZE = 4
@@ -36,14 +35,21 @@ def model():
     return model
 
 
-def answer(engine, model, messages, text, **options):
+def tell(engine, model, prompt, answer_ids, **options):
+    """Tell the model how to answer a prompt; returns the prompt's length."""
+    object.__setattr__(model, "script", [])
+    length = engine.generate(prompt, max_tokens=1, store=False, **options).usage.prompt_tokens
+    object.__setattr__(model, "script", [0] * length + answer_ids)
+    return length
+
+
+def answer(engine, model, prompt, text, **options):
     """Have the model answer in tokens of its own; returns the chunks and the length of prompt and answer."""
-    prompt_ids = engine._encoder.encode(messages, GenerationParams.from_options(options)).token_ids
-    answer_ids = [*misspell(engine.tokenizer, text, seed=len(messages)), engine.tokenizer.eos_token_id]
-    object.__setattr__(model, "script", prompt_ids + answer_ids)
-    chunks = list(engine.stream(messages, max_tokens=200, **options))
+    answer_ids = [*misspell(engine.tokenizer, text, seed=len(prompt)), engine.tokenizer.eos_token_id]
+    length = tell(engine, model, prompt, answer_ids, **options)
+    chunks = list(engine.stream(prompt, max_tokens=200, **options))
     assert chunks[-1].result.token_ids == answer_ids
-    return chunks, len(prompt_ids) + len(answer_ids)
+    return chunks, length + len(answer_ids)
 
 
 def converse(engine, model, template_call, num_turns=10):
@@ -82,7 +88,7 @@ def test_every_turn_of_a_conversation_computes_only_what_is_new(model, template,
         turns = [*converse(engine, model, call)]
     assert all(reused >= reusable for reused, reusable in turns)
     with Engine(model, tokenizer, cache=cache, settings=EngineSettings(token_faithful_history=False)) as engine:
-        turns = [*converse(engine, model, call)]
+        turns = [*converse(engine, model, call, num_turns=4)]
     assert sum(reused for reused, _ in turns) < sum(reusable for _, reusable in turns)
 
 
@@ -103,8 +109,7 @@ def test_chunks_of_a_chat_join_to_its_result(model):
 
 def test_answer_that_is_cut_off_within_a_call_has_an_invalid_one(model):
     with Engine(model, chat_tokenizer()) as engine:
-        prompt_ids = engine._encoder.encode([USER], GenerationParams(tools=[ADD])).token_ids
-        object.__setattr__(model, "script", prompt_ids + engine.tokenizer.encode('<tool_call>\n{"name": "add"'))
+        tell(engine, model, [USER], engine.tokenizer.encode('<tool_call>\n{"name": "add"'), tools=[ADD])
         result = engine.generate([USER], tools=[ADD], max_tokens=5)
     assert (result.finish_reason, result.text, result.tool_calls) == ("length", "", [])
     assert result.invalid_tool_calls[0].text.startswith('\n{"name')

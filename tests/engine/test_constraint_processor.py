@@ -8,7 +8,7 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 import pytest
-from constraint_trials import MODEL_VOCAB_SIZE, allowed_along, allowed_ids, answers, marked_tokenizer
+from constraint_trials import MODEL_VOCAB_SIZE, allowed_along, allowed_ids, answers, is_whole_answer, marked_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -120,10 +120,8 @@ def test_a_call_may_start_within_thinking(constraint):
         call_format=template_format(tokenizer),
         thinking_end=tokenizer.encode("</think>"),
     )
-    answer = tokenizer.encode('so <tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>')
-    processor = compiled.make_processor(starts_in_thinking=True)
-    assert tokenizer.eos_token_id in allowed_along(processor, answer)[-1]
-    assert processor.error is None
+    answer = 'so <tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
+    assert is_whole_answer(compiled, tokenizer, answer, starts_in_thinking=True)
 
 
 def test_the_start_of_a_call_is_a_thought_where_none_may_be_made():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from constraint_trials import allowed_along, answers, marked_tokenizer
+from constraint_trials import allowed_along, answers, is_whole_answer, marked_tokenizer
 
 from omlx_core.engine.constraint_compiler import ConstraintCompiler
 from omlx_core.engine.constraint_tools import call_syntax_of
@@ -97,6 +97,66 @@ def test_forced_calls_are_read_back_by_the_models_parser(model, parser, template
         assert names == [choice] or (choice == "required" and {*names} <= {"get_weather", "ping"})
 
 
+@pytest.mark.parametrize(
+    ("parser", "template", "text"),
+    [
+        (
+            "json_tools",
+            None,
+            '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "ping_all", "arguments": {"at": 6}}\n</tool_call>',
+        ),
+        (
+            "mistral",
+            None,
+            '[TOOL_CALLS][{"name": "ping", "arguments": {}}, {"name": "ping_all", "arguments": {"at": 6}}]',
+        ),
+        (
+            "mistral",
+            "[TOOL_CALLS] [",
+            '[TOOL_CALLS] [{"name": "ping", "arguments": {}}, {"name": "ping_all", "arguments": {"at": 6}}]',
+        ),
+        ("mistral", "{{ name }}[ARGS]", '[TOOL_CALLS]ping[ARGS]{}[TOOL_CALLS]ping_all[ARGS]{"at": 6}'),
+        (
+            "qwen3_coder",
+            None,
+            "<tool_call>\n<function=ping>\n</function>\n</tool_call>\n"
+            "<tool_call>\n<function=ping_all>\n<parameter=at>\n6\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (
+            "glm47",
+            None,
+            "<tool_call>ping</tool_call><tool_call>ping_all<arg_key>at</arg_key><arg_value>6</arg_value></tool_call>",
+        ),
+        (
+            "glm47",
+            "\n<arg_key>",
+            "<tool_call>ping\n</tool_call>\n"
+            "<tool_call>ping_all\n<arg_key>at</arg_key>\n<arg_value>6</arg_value>\n</tool_call>",
+        ),
+        (
+            "minimax_m2",
+            None,
+            '<minimax:tool_call>\n<invoke name="ping">\n</invoke>\n'
+            '<invoke name="ping_all">\n<parameter name="at">6</parameter>\n</invoke>\n</minimax:tool_call>',
+        ),
+        (
+            "minicpm5",
+            None,
+            '<function name="ping"></function><function name="ping_all"><param name="at">6</param></function>',
+        ),
+        ("pythonic", None, "<|tool_call_start|>[ping(), ping_all(at=6)]<|tool_call_end|>"),
+    ],
+)
+def test_forced_calls_have_the_text_that_their_templates_render(parser, template, text):
+    tokenizer = marked_tokenizer(parser=parser, chat_template=template)
+    parameters = {"properties": {"at": {"enum": [6, 18]}}, "required": ["at"]}
+    tools = [PING, {"type": "function", "function": {"name": "ping_all", "parameters": parameters}}]
+    compiled = compile_calls(tokenizer, tools)
+    assert is_whole_answer(compiled, tokenizer, text)
+    assert not is_whole_answer(compiled, tokenizer, text.replace("6", "7"))
+
+
 @pytest.mark.parametrize("markers", [(), ("<tool_call>", "</tool_call>")])
 def test_generic_calls_have_the_text_that_they_are_rendered_with(model, markers):
     tokenizer = marked_tokenizer(*markers)
@@ -106,16 +166,6 @@ def test_generic_calls_have_the_text_that_they_are_rendered_with(model, markers)
         text = tokenizer.decode(token_ids[:-1])
         calls = calls_in(text, GENERIC_FORMAT)
         assert text == write_calls([{"name": call.name, "arguments": call.arguments} for call in calls])
-
-
-def test_hermes_calls_have_the_text_that_their_templates_render(model):
-    tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", parser="json_tools")
-    processors = [compile_calls(tokenizer, tool_choice="get_weather").make_processor() for _ in range(4)]
-    for token_ids in answers(model, tokenizer.eos_token_ids, processors):
-        text = tokenizer.decode(token_ids[:-1])
-        [call] = calls_in(text, template_format(tokenizer))
-        rendered = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-        assert text == f"<tool_call>\n{rendered}\n</tool_call>"
 
 
 def test_markers_that_are_tokens_are_generated_as_such():
@@ -131,9 +181,8 @@ def test_an_added_token_that_is_plain_text_may_stand_within_an_argument():
     parameters = {"properties": {"x": {"type": "string"}}, "required": ["x"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     tokenizer = marked_tokenizer("<tool_call>", "</tool_call>", "\n", parser="qwen3_coder")
-    processor = compile_calls(tokenizer, [tool], "f").make_processor()
     call = "<tool_call>\n<function=f>\n<parameter=x>\none\ntwo\n</parameter>\n</function>\n</tool_call>"
-    assert allowed_along(processor, tokenizer.encode(call))[-1] == {tokenizer.eos_token_id}
+    assert is_whole_answer(compile_calls(tokenizer, [tool], "f"), tokenizer, call)
 
 
 def test_one_call_may_follow_another_only_if_any_tool_may_be_called():
@@ -151,9 +200,7 @@ def test_optional_arguments_are_separated_only_where_they_are_there():
     compiled = compile_calls(tokenizer, tools=[tool], tool_choice="f")
 
     def is_accepted(arguments):
-        processor = compiled.make_processor()
-        allowed_along(processor, tokenizer.encode(f"<|tool_call_start|>[f({arguments})]<|tool_call_end|>"))
-        return processor.error is None
+        return is_whole_answer(compiled, tokenizer, f"<|tool_call_start|>[f({arguments})]<|tool_call_end|>")
 
     assert all(map(is_accepted, ["b=true", "a=false, b=true", "b=true, d=true", "a=false, b=true, c=false, d=true"]))
     assert not any(
@@ -170,20 +217,72 @@ def test_undeclared_arguments_are_ruled_out(parameters):
     assert after_brace == {*tokenizer.encode('"}' if "properties" in parameters else "}")}
 
 
-def test_undeclared_arguments_are_allowed_where_the_schema_says_so():
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"additionalProperties": {"const": 1}}}}
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"additionalProperties": {"const": 1}},
+        {"patternProperties": {"^any": {"const": 1}}},
+        {"allOf": [{"properties": {"anything": {"const": 1}}}]},
+        {"$ref": "#/$defs/f", "$defs": {"f": {"properties": {"anything": {"const": 1}}}}},
+    ],
+)
+def test_arguments_that_are_declared_elsewhere_are_allowed(parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     tokenizer = marked_tokenizer()
-    processor = compile_calls(tokenizer, [tool], "f", GENERIC_FORMAT).make_processor()
-    call = tokenizer.encode('<tool_call>{"name": "f", "arguments": {"anything": 1}}</tool_call>')
-    assert allowed_along(processor, call)[-1] == {tokenizer.eos_token_id}
+    compiled = compile_calls(tokenizer, [tool], "f", GENERIC_FORMAT)
+    call = '<tool_call>{"name": "f", "arguments": {"anything": 1}}</tool_call>'
+    assert is_whole_answer(compiled, tokenizer, call)
+    assert not is_whole_answer(compiled, tokenizer, call.replace("1", "2"))
 
 
 def test_names_are_written_as_json_has_them():
     tool = {"type": "function", "function": {"name": 'say "hé"\n', "parameters": {}}}
     tokenizer = marked_tokenizer()
-    processor = compile_calls(tokenizer, [tool], "required", GENERIC_FORMAT).make_processor()
-    call = tokenizer.encode(write_calls([{"name": 'say "hé"\n', "arguments": {}}]))
-    assert tokenizer.eos_token_id in allowed_along(processor, call)[-1]
+    compiled = compile_calls(tokenizer, [tool], "required", GENERIC_FORMAT)
+    assert is_whole_answer(compiled, tokenizer, write_calls([{"name": 'say "hé"\n', "arguments": {}}]))
+
+
+@pytest.mark.parametrize("end_is_token", [False, True])
+def test_a_bare_string_goes_to_the_next_end(end_is_token):
+    parameters = {"properties": {"x": {"type": "string", "minLength": 2, "maxLength": 9}}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    tokenizer = marked_tokenizer(*["<arg_value>", "</arg_value>"][: 2 * end_is_token], parser="glm47")
+    compiled = compile_calls(tokenizer, [tool], "f")
+
+    def is_accepted(value):
+        call = f"<tool_call>f<arg_key>x</arg_key><arg_value>{value}</arg_value></tool_call>"
+        return is_whole_answer(compiled, tokenizer, call)
+
+    assert all(map(is_accepted, ["ab", 'é\n"<b>', "123456789"]))
+    assert not any(map(is_accepted, ["a", "1234567890", "ab</arg_value>"]))
+
+
+@pytest.mark.parametrize(
+    ("schema", "bare", "refused"),
+    [
+        ({"type": ["string", "null"]}, "ab", None),
+        ({"anyOf": [{"$ref": "#/$defs/t"}, {"type": "null"}]}, "ab", None),
+        ({"title": "anything"}, "ab", None),
+        (True, "ab", None),
+        ({"const": "ab"}, "ab", "abc"),
+        ({"enum": ["ab", 1]}, "1", "2"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "1", "ab"),
+        ({"enum": [1, 2]}, "2", "3"),
+        ({"type": "object", "additionalProperties": {"$ref": "#/$defs/t"}}, '{"a": "b"}', '{"a": 1}'),
+    ],
+)
+def test_what_may_be_a_string_is_bare_and_the_rest_is_json(schema, bare, refused):
+    parameters = {"properties": {"x": schema}, "required": ["x"], "$defs": {"t": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    tokenizer = marked_tokenizer(parser="qwen3_coder")
+    compiled = compile_calls(tokenizer, [tool], "f")
+
+    def is_accepted(value):
+        call = f"<tool_call>\n<function=f>\n<parameter=x>\n{value}\n</parameter>\n</function>\n</tool_call>"
+        return is_whole_answer(compiled, tokenizer, call)
+
+    assert is_accepted(bare)
+    assert refused is None or not is_accepted(refused)
 
 
 # A call or something else
@@ -213,12 +312,8 @@ def test_with_a_free_choice_an_answer_is_calls_or_what_the_constraint_asks_for(
     )
     call = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
     for text in (answer, call, f"{call}\n{call}"):
-        processor = compiled.make_processor()
-        assert tokenizer.eos_token_id in allowed_along(processor, tokenizer.encode(text))[-1], text
-        assert processor.error is None
-    processor = compiled.make_processor()
-    allowed_along(processor, tokenizer.encode('<tool_call>\n{"name": "pong", "arguments": {}}\n</tool_call>'))
-    assert processor.error or constraint == Regex(".*")
+        assert is_whole_answer(compiled, tokenizer, text), text
+    assert not is_whole_answer(compiled, tokenizer, call.replace("ping", "pong"))
 
 
 def test_a_random_model_calls_or_follows_the_schema(model):
@@ -341,4 +436,5 @@ def test_a_bad_constraint_is_blamed_on_the_constraint_and_not_on_the_tools():
 def test_only_known_families_have_a_syntax():
     unknown = ToolCallFormat("<call>", "</call>", None, parser=lambda body, tools: body)
     assert call_syntax_of(unknown, None) is None
-    assert call_syntax_of(GENERIC_FORMAT, {"default": "a template among others"}) is not None
+    assert call_syntax_of(GENERIC_FORMAT, None) is not None
+    assert call_syntax_of(template_format(marked_tokenizer(parser="mistral")), None) is not None

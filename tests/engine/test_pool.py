@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tiny_models import tiny_llama
 from tiny_prompts import BLOCK_SIZE, tokens
 
 from omlx_core import CacheSettings, EngineSettings, ModelPool
-from omlx_core.engine import pool_engines
+from omlx_core.engine import pool_engines, pool_memory
 from omlx_core.engine.pool_engines import PoolEngines
 from omlx_core.engine.pool_memory import Occupant, choose_leaving
 from omlx_core.errors import (
@@ -72,6 +72,8 @@ def make_pool(loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     yield make
     for pool in pools:
         pool.close()
+    for timer in idle_timers():
+        timer.join(TIMEOUT_S)
 
 
 def add_model(pool: ModelPool, loader: Loader, folder: Path, name: str, size: int, **options: Any) -> None:
@@ -87,6 +89,10 @@ def add_model(pool: ModelPool, loader: Loader, folder: Path, name: str, size: in
 def pool(make_pool: Callable[..., ModelPool]) -> ModelPool:
     """Two models and no limits."""
     return make_pool({"chat": 1, "code": 1})
+
+
+def idle_timers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "omlx-idle-models"]
 
 
 def loaded(pool: ModelPool) -> list[str]:
@@ -121,6 +127,20 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
 
     monkeypatch.setattr(PoolEngines, "_look", watched_look)
     return semaphore
+
+
+@pytest.fixture
+def waits_for_room(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a load waits for an engine that another thread closes."""
+    is_waiting = threading.Event()
+
+    def watched_wait(closings: list[Future[None]]) -> None:
+        if closings:
+            is_waiting.set()
+        wait(closings)
+
+    monkeypatch.setattr(pool_engines, "wait", watched_wait)
+    return is_waiting
 
 
 def wait_for(semaphore: threading.Semaphore, count: int) -> None:
@@ -182,6 +202,7 @@ def test_a_model_that_was_not_added_is_named_by_what_it_is_loaded_from(pool):
     assert pool.resolve("org/model", cache=CacheSettings(block_size=16)) == "org/model#2"
     assert pool.resolve("org/model", adapter_path="adapter") == "org/model#3"
     assert pool.resolve("org/model", cache=CacheSettings(block_size=16)) == "org/model#2"
+    assert [status.model_id for status in pool.models()][2:] == ["org/model", "org/model#2", "org/model#3"]
 
 
 def test_what_was_added_is_found_by_what_it_is_loaded_from(pool, tmp_path):
@@ -190,11 +211,21 @@ def test_what_was_added_is_found_by_what_it_is_loaded_from(pool, tmp_path):
 
 def test_an_id_stands_for_all_that_was_added_with_it_unless_that_is_given_anew(loader):
     pool = ModelPool(load_engine=loader)
-    pool.add("chat", "org/model", adapter_path="adapter", cache=CacheSettings(block_size=16))
+    cache, settings = CacheSettings(block_size=16), EngineSettings(max_batch_size=1)
+    pool.add("chat", "org/model", adapter_path="adapter", draft_model="org/draft", cache=cache, settings=settings)
     assert pool.resolve("chat") == "chat"
     pool.get(pool.resolve("chat", cache=CacheSettings(block_size=32)))
-    assert (loader.specs[0].model, loader.specs[0].adapter_path) == ("org/model", "adapter")
-    assert loader.specs[0].cache.block_size == 32
+    pool.get(pool.resolve("chat", adapter_path="other"))
+    pool.get(pool.resolve("chat", draft_model="org/other"))
+    pool.get(pool.resolve("chat", settings=EngineSettings(max_batch_size=2)))
+    assert [(spec.adapter_path, spec.draft_model, spec.cache.block_size) for spec in loader.specs] == [
+        ("adapter", "org/draft", 32),
+        ("other", "org/draft", 16),
+        ("adapter", "org/other", 16),
+        ("adapter", "org/draft", 16),
+    ]
+    assert {spec.model for spec in loader.specs} == {"org/model"}
+    assert [spec.settings.max_batch_size for spec in loader.specs] == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("options", [{"max_memory": "lots"}, {"max_memory": True}, {"max_memory": "200%"}])
@@ -270,6 +301,23 @@ def test_an_engine_that_was_closed_from_outside_is_replaced(pool):
     second = pool.get("chat")
     assert second is not first
     assert not second.is_closed
+
+
+def test_an_engine_that_was_closed_from_outside_is_gone_before_another_is_loaded(make_pool, loader):
+    is_gone: list[bool] = []
+
+    def load(spec: Any, on_progress: Any) -> PooledEngine:
+        is_gone.extend(engine() is None for engine in closed)
+        return PooledEngine()
+
+    pool = make_pool({"chat": 1}, load_engine=load)
+    closed: list[weakref.ref[PooledEngine]] = []
+    engine = pool.get("chat")
+    engine.close()
+    closed.append(weakref.ref(engine))
+    del engine
+    pool.get("chat")
+    assert is_gone == [True]
 
 
 async def test_a_load_leaves_the_event_loop_free(pool, loader):
@@ -388,6 +436,13 @@ def test_a_percentage_is_one_of_the_memory_that_mlx_uses(make_pool, monkeypatch)
     assert loaded(pool) == ["b", "c"]
 
 
+@pytest.mark.parametrize(("info", "size_bytes"), [({"total_memory": 5}, 5), ({"memory_size": 7}, 7), ({}, 9)])
+def test_that_memory_is_what_the_backend_says_or_else_the_machines(monkeypatch, info, size_bytes):
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(pool_memory, "total_memory_bytes", lambda: 9)
+    assert pool_memory.device_memory_bytes() == size_bytes
+
+
 def test_the_limit_may_come_from_the_environment(make_pool, monkeypatch):
     monkeypatch.setenv("OMLX_MAX_MODEL_MEMORY", "5MB")
     pool = make_pool({"a": 4, "b": 4})
@@ -417,6 +472,7 @@ def test_a_pinned_model_stays_and_another_goes(make_pool):
 def test_a_model_can_be_added_pinned(make_pool, loader, tmp_path):
     pool = make_pool({"a": 4, "b": 4}, max_memory="10MB")
     add_model(pool, loader, tmp_path, "c", 4, pin=True)
+    pool.add("c", tmp_path / "c")
     for model_id in "cab":
         pool.get(model_id)
     assert loaded(pool) == ["b", "c"]
@@ -523,7 +579,7 @@ def test_a_repository_that_is_not_here_yet_is_measured_once_it_is(make_pool, loa
     assert loaded(pool) == ["b"]
 
 
-def test_a_load_waits_for_room_that_another_load_makes(make_pool, loader, waiting):
+def test_a_load_waits_for_room_that_another_load_makes(make_pool, loader, waits_for_room):
     are_closed: list[bool] = []
 
     def load(spec: Any, on_progress: Any) -> PooledEngine:
@@ -532,17 +588,43 @@ def test_a_load_waits_for_room_that_another_load_makes(make_pool, loader, waitin
 
     pool = make_pool({"a": 8, "b": 4, "c": 4}, max_memory="10MB", load_engine=load)
     first = pool.get("a")
-    wait_for(waiting, 1)
     first.may_close.clear()
     second = run(pool.get, "b")
     assert first.is_closing.wait(TIMEOUT_S)
     third = run(pool.get, "c")
-    wait_for(waiting, 2)
+    assert waits_for_room.wait(TIMEOUT_S)
     first.may_close.set()
     second.result(TIMEOUT_S)
     third.result(TIMEOUT_S)
     assert are_closed == [True, True]
     assert first.closings == [True]
+
+
+def test_what_leaves_in_any_case_leaves_first(make_pool, waits_for_room):
+    pool = make_pool({"a": 4, "b": 4, "c": 4}, max_memory="10MB")
+    pool.get("a")
+    second = pool.get("b")
+    second.may_close.clear()
+    unloading = run(pool.unload, "b")
+    assert second.is_closing.wait(TIMEOUT_S)
+    third = run(pool.get, "c")
+    assert waits_for_room.wait(TIMEOUT_S)
+    second.may_close.set()
+    third.result(TIMEOUT_S)
+    unloading.result(TIMEOUT_S)
+    assert loaded(pool) == ["a", "c"]
+
+
+def test_a_draft_models_files_count_too(make_pool, loader, tmp_path):
+    pool = make_pool({"a": 4, "b": 4, "draft": 2}, max_memory="9MB")
+    pool.get("a")
+    pool.add("drafted", tmp_path / "b", draft_model=tmp_path / "draft")
+    has_begun, may_end = loader.hold("b")
+    caller = run(pool.get, "drafted")
+    assert has_begun.wait(TIMEOUT_S)
+    assert loaded(pool) == []
+    may_end.set()
+    caller.result(TIMEOUT_S)
 
 
 def test_an_error_of_the_one_that_leaves_is_logged_and_not_the_new_ones(make_pool, caplog):
@@ -566,7 +648,7 @@ def test_those_that_leave_leave_in_the_order_given():
 
 def test_a_wait_for_a_load_is_a_lease(make_pool, loader, waiting):
     pool = make_pool({"a": 6, "b": 6}, max_memory="10MB")
-    _, may_end = loader.hold("a")
+    has_begun, may_end = loader.hold("a")
     release = threading.Event()
 
     def use() -> bool:
@@ -576,6 +658,7 @@ def test_a_wait_for_a_load_is_a_lease(make_pool, loader, waiting):
 
     users = [run(use) for _ in range(3)]
     wait_for(waiting, 3)
+    assert has_begun.wait(TIMEOUT_S)
     may_end.set()
     with pytest.raises(ModelMemoryError):
         pool.get("b")
@@ -635,6 +718,7 @@ def test_a_use_during_unloading_waits_and_then_loads(pool, loader, waiting):
     unloading = run(pool.unload, "chat")
     assert first.is_closing.wait(TIMEOUT_S)
     assert loaded(pool) == []
+    assert not pool.unload("chat", timeout_s=0)
     second = run(pool.get, "chat")
     wait_for(waiting, 1)
     assert loader.names == ["chat"]
@@ -736,11 +820,8 @@ def test_a_pinned_model_is_never_idle(idle_pool, clock):
 def test_without_a_timeout_nothing_is_idle(make_pool, clock, seconds):
     pool = make_pool({"a": 1}, idle_timeout_s=seconds, clock=clock)
     pool.get("a")
+    assert idle_timers() == []
     assert pool.unload_idle(clock.now_s + 10**6) == []
-
-
-def idle_timers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "omlx-idle-models"]
 
 
 def test_a_thread_unloads_in_time_and_ends_when_nothing_is_loaded(make_pool):
@@ -949,6 +1030,16 @@ def test_the_size_is_that_of_the_weights_and_of_what_is_cached_in_ram(real_pool,
         assert 0 <= file_bytes - status.size_bytes < 10_000
         engine.generate(tokens(200), max_tokens=5)
         assert real_pool.models()[0].size_bytes == status.size_bytes + engine.cache.stats().hot.hot_bytes
+
+
+def test_a_draft_model_is_loaded_and_counts_with_its_model(model_folders):
+    with ModelPool() as pool:
+        pool.add("plain", model_folders[0])
+        pool.add("drafted", model_folders[0], draft_model=model_folders[1])
+        pool.get("plain")
+        pool.get("drafted")
+        plain, drafted = pool.models()
+    assert drafted.size_bytes == 2 * plain.size_bytes
 
 
 def test_a_request_under_way_is_finished_before_its_model_is_unloaded(real_pool):

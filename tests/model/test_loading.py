@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from model_folders import save_model_folder
 from tiny_models import tiny_llama, tiny_mamba
 
 from omlx_core.errors import ModelLoadError, ModelNotFoundError
+from omlx_core.model import load_progress
 from omlx_core.model.load_progress import LoadProgress, load_progress_bar
 from omlx_core.model.loading import context_length, estimate_size_bytes, load_model
 
@@ -222,7 +224,8 @@ def test_progress_counts_the_bytes_read_up_to_the_models_size(model_folder: Path
     assert read_bytes[0] == 0
     assert read_bytes == sorted(read_bytes)
     assert read_bytes[-2:] == [size_bytes, size_bytes]
-    assert len(set(read_bytes)) > 5
+    # Large arrays one by one, small ones together.
+    assert 5 < len(set(read_bytes)) <= len(tree_flatten(tiny_llama().parameters())) - 3
 
 
 def test_weights_are_in_memory_when_progress_says_so(model_folder: Path) -> None:
@@ -261,11 +264,14 @@ def test_what_a_listener_raises_gives_the_load_up(model_folder: Path, phase: str
 
 
 def test_a_weight_that_cannot_be_read_is_an_error_of_the_model(model_folder: Path) -> None:
-    with (model_folder / "model.safetensors").open("r+b") as file:
-        file.truncate(file.seek(0, 2) // 2)  # the header is whole, and arrays are read after it
+    path = model_folder / "model.safetensors"
+
+    def cut(report: LoadProgress) -> None:  # the header was read, the weights weren't
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
 
     with pytest.raises(ModelLoadError, match="tiny-llama' can't be loaded"):
-        load_model(model_folder)
+        load_model(model_folder, on_progress=cut)
 
 
 class _Terminal(io.StringIO):
@@ -275,15 +281,16 @@ class _Terminal(io.StringIO):
 
 def test_the_bar_shows_the_bytes_and_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", terminal := _Terminal())
+    monkeypatch.setattr(load_progress, "tqdm", functools.partial(load_progress.tqdm, mininterval=0))
 
     with load_progress_bar() as show:
         show(LoadProgress("some/model", "downloading"))
-        show(LoadProgress("some/model", "reading", 0, 4000))
+        for read_bytes in (0, 1000, 3000):
+            show(LoadProgress("some/model", "reading", read_bytes, 4000))
         shown = terminal.getvalue()
-        show(LoadProgress("some/model", "ready", 4000, 4000))
 
     assert "Loading some/model" in shown
-    assert "/4.00k" in shown
+    assert all(part in shown for part in ("0.00/4.00k", "1.00k/4.00k", "3.00k/4.00k"))
     assert terminal.getvalue().endswith("\r")
 
 

@@ -7,7 +7,6 @@ since text in a grammar never matches those.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -284,7 +283,7 @@ class _ToolRules:
             else:
                 first = f"({argument} {later} | {first})"
                 later = f"({between} {argument})? {later}"
-        self.rules.append(f"{name}: {first if between else later or first}")
+        self.rules.append(f"{name}: {first if between else later}")
 
     def _add_argument(self, name: str, key: str, schema: Mapping[str, Any], syntax: ArgumentSyntax) -> None:
         self._check_name(key, _IDENTIFIER if syntax.quotes_text else _TAGGED_NAME)
@@ -340,14 +339,8 @@ def _allows_text(schema: Mapping[str, Any], root: Mapping[str, Any]) -> bool:
 
 
 def _lark(pieces: list[Piece]) -> str:
-    """Pieces in a row; neighbouring texts become one, since a tokenizer may join them in one token."""
-    written: list[str] = []
-    for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
-        if is_text:
-            written.append(_literal("".join(map(str, group))))
-        else:
-            written += [f"<[{token_id}]>" for token_id in group]
-    return " ".join(written)
+    """Pieces in a row."""
+    return " ".join(_literal(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in pieces)
 
 
 def _literal(text: str) -> str:

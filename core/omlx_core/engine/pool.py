@@ -96,6 +96,7 @@ class ModelPool:
         path_or_repo: str | os.PathLike[str],
         *,
         adapter_path: str | os.PathLike[str] | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
         cache: CacheSettings | None = None,
         settings: EngineSettings | None = None,
         pin: bool = False,
@@ -106,6 +107,7 @@ class ModelPool:
             model_id: any text.
             path_or_repo: a folder in mlx-lm's format, or a repository id.
             adapter_path: a folder with a LoRA adapter.
+            draft_model: a folder or repository of a smaller model for speculative decoding.
             cache: None is the pool's.
             settings: None is the pool's.
             pin: as `pin`.
@@ -113,7 +115,7 @@ class ModelPool:
         Raises:
             InvalidSettingError: the id stands for something else already.
         """
-        spec = self._models.describe(path_or_repo, adapter_path, cache, settings)
+        spec = self._models.describe(path_or_repo, adapter_path, draft_model, cache, settings)
         with self._changed:
             model = self._models.add(model_id, spec)
             model.is_pinned = model.is_pinned or pin
@@ -123,6 +125,7 @@ class ModelPool:
         model: str | os.PathLike[str],
         *,
         adapter_path: str | os.PathLike[str] | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
         cache: CacheSettings | None = None,
         settings: EngineSettings | None = None,
     ) -> str:
@@ -132,6 +135,7 @@ class ModelPool:
             model: a folder, a repository id, or an id given to `add`: this stands for everything that was given
                 with it, of which the arguments beside it replace their part.
             adapter_path: a folder with a LoRA adapter.
+            draft_model: a folder or repository of a smaller model for speculative decoding.
             cache: None is the pool's.
             settings: None is the pool's.
         """
@@ -140,8 +144,9 @@ class ModelPool:
             added = self._models.added_spec(name)
         if added is not None:
             name, adapter_path = added.model, adapter_path or added.adapter_path
+            draft_model = draft_model or added.draft_model
             cache, settings = cache or added.cache, settings or added.settings
-        spec = self._models.describe(name, adapter_path, cache, settings)
+        spec = self._models.describe(name, adapter_path, draft_model, cache, settings)
         with self._changed:
             return self._models.find_or_name(spec).model_id
 
@@ -221,7 +226,7 @@ class ModelPool:
 
         Args:
             model_id: its id.
-            timeout_s: how long to wait for leases to end; None is as long as it takes.
+            timeout_s: how long to wait for leases to end, the caller's own included; None is as long as it takes.
 
         Returns:
             False if `timeout_s` ran out first, and nothing has changed.
@@ -345,6 +350,7 @@ def _load_engine(spec: ModelSpec, on_progress: OnLoadProgress) -> Engine:
     return Engine.from_pretrained(
         spec.model,
         adapter_path=spec.adapter_path,
+        draft_model=spec.draft_model,
         cache=spec.cache,
         settings=spec.settings,
         on_progress=on_progress,

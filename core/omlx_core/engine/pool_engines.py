@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from omlx_core.engine.pool_memory import choose_leaving, device_memory_bytes, return_unused_memory
-from omlx_core.engine.pool_models import ModelList, PooledModel
+from omlx_core.engine.pool_models import ModelList, ModelSpec, PooledModel
 from omlx_core.errors import EngineClosedError, EngineForkedError
 from omlx_core.settings import PoolSettings
 
@@ -158,9 +158,7 @@ class PoolEngines:
         max_bytes = self._max_bytes()
         if max_bytes is None:
             return self._load_engine(model)
-        from omlx_core.model.loading import estimate_size_bytes
-
-        self._make_room(model, estimate_size_bytes(model.spec.model, model.spec.adapter_path) or 0, max_bytes)
+        self._make_room(model, _estimate_bytes(model.spec), max_bytes)
         engine = self._load_engine(model)
         try:
             self._make_room(model, engine.memory_bytes, max_bytes)
@@ -242,6 +240,14 @@ class PoolEngines:
                 model.end(None)
                 self.changed.notify_all()
             closing.set_result(None)
+
+
+def _estimate_bytes(spec: ModelSpec) -> int:
+    """What an engine will take, by the size of its files; those that aren't here yet count nothing."""
+    from omlx_core.model.loading import estimate_size_bytes
+
+    size_bytes = estimate_size_bytes(spec.model, spec.adapter_path) or 0
+    return size_bytes if spec.draft_model is None else size_bytes + (estimate_size_bytes(spec.draft_model) or 0)
 
 
 @dataclass(frozen=True, slots=True)

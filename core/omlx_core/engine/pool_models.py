@@ -28,12 +28,14 @@ class ModelSpec:
     Attributes:
         model: an absolute path, or a repository id.
         adapter_path: a folder with LoRA weights.
+        draft_model: the smaller model that proposes tokens to it, as `model`.
         cache: how prefixes are cached.
         settings: how requests are run.
     """
 
     model: str
     adapter_path: str | None
+    draft_model: str | None
     cache: CacheSettings
     settings: EngineSettings
 
@@ -113,8 +115,6 @@ class PooledModel:
     def end(self, engine: Engine | None) -> None:
         """Say how it ended: with an engine or without one."""
         self.engine, self.pending, self.is_closing = engine, None, False
-        if engine is None:
-            self.size_bytes = 0
 
     def occupant(self) -> Occupant | None:
         """What it takes of the pool's memory, if anything."""
@@ -167,6 +167,7 @@ class ModelList:
         self,
         path_or_repo: str | os.PathLike[str],
         adapter_path: str | os.PathLike[str] | None,
+        draft_model: str | os.PathLike[str] | None,
         cache: CacheSettings | None,
         settings: EngineSettings | None,
     ) -> ModelSpec:
@@ -174,6 +175,7 @@ class ModelList:
         return ModelSpec(
             model=_resolved(path_or_repo),
             adapter_path=None if adapter_path is None else _resolved(adapter_path),
+            draft_model=None if draft_model is None else _resolved(draft_model),
             cache=cache or self._cache or CacheSettings(),
             settings=settings or self._settings or EngineSettings(),
         )
@@ -187,8 +189,8 @@ class ModelList:
         known = self._by_id.get(model_id)
         if known is not None and known.spec != spec:
             raise InvalidSettingError(
-                f"model_id={model_id!r} stands for {known.spec.model!r} already, with an adapter or settings of its "
-                "own: choose another id"
+                f"model_id={model_id!r} stands for {known.spec.model!r} already, with an adapter, a draft model or "
+                "settings of its own: choose another id"
             )
         self._added_ids.add(model_id)
         return self._record(model_id, spec)
