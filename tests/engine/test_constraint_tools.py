@@ -268,6 +268,7 @@ def test_a_bare_string_goes_to_the_next_end(end_is_token):
         ({"enum": ["ab", 1]}, "1", "2"),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "1", "ab"),
         ({"enum": [1, 2]}, "2", "3"),
+        ({"anyOf": [{"enum": [1, 2]}, {"type": "null"}]}, "2", "3"),
         ({"type": "object", "additionalProperties": {"$ref": "#/$defs/t"}}, '{"a": "b"}', '{"a": 1}'),
     ],
 )

@@ -283,7 +283,7 @@ class _ToolRules:
             else:
                 first = f"({argument} {later} | {first})"
                 later = f"({between} {argument})? {later}"
-        self.rules.append(f"{name}: {first if between else later}")
+        self.rules.append(f"{name}: {first}")
 
     def _add_argument(self, name: str, key: str, schema: Mapping[str, Any], syntax: ArgumentSyntax) -> None:
         self._check_name(key, _IDENTIFIER if syntax.quotes_text else _TAGGED_NAME)
