@@ -10,16 +10,21 @@ may run in any thread beside everything else.
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from omlx_core.cache import ssd_maintenance
-from omlx_core.cache.block_file import encode_token_ids, read_block
-from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.block_file import encode_token_ids, read_block, read_block_identity
+from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
 from omlx_core.cache.events import EventBus
+from omlx_core.cache.neighbour import Neighbour, nearest_of
 from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskBudget, DiskLimits
@@ -34,6 +39,8 @@ from omlx_core.cache.ssd_writer import BlockWriter, SaveRequest
 from omlx_core.errors import CorruptBlockError, InvalidRequestError
 
 __all__ = ["PagedSSDCacheManager", "SSDCacheStats"]
+
+_MAX_CHILDREN = 16  # of the blocks that follow a prefix, how many are looked into for the nearest
 
 
 class PagedSSDCacheManager:
@@ -172,6 +179,34 @@ class PagedSSDCacheManager:
         self._unreadable.pop(block_hash, None)
         self._stats.count(blocks_read=1, bytes_read=payload.size_bytes)
         return payload
+
+    def find_neighbour(
+        self, token_ids: Sequence[int], block_size: int, extra_keys: tuple[str, ...] = ()
+    ) -> Neighbour | None:
+        """The published sequence that a prompt shares most with, as far as its next block. Blocks on the disk.
+
+        Args:
+            token_ids: the prompt.
+            block_size: tokens per block.
+            extra_keys: what the sequence must have been stored under.
+
+        Returns:
+            None if not even a token is shared, or the folder can't be read.
+        """
+        hashes = list(iter_block_hashes(self._namespace, token_ids, block_size, extra_keys))
+        # A block is there only if those before it are, damage aside; and any that is there proves what is before it.
+        num_blocks = bisect.bisect_left(hashes, True, key=lambda block_hash: not self.has_block(block_hash))
+        parent_hash = hashes[num_blocks - 1] if num_blocks else None
+        try:
+            if self._index is not None:
+                children = self._index.children(self._namespace, parent_hash, _MAX_CHILDREN)
+            else:
+                with read_snapshot(self._directory) as view:
+                    children = view.children(self._namespace, parent_hash, _MAX_CHILDREN)
+        except OSError:
+            children = []
+        followers = [self._read_tokens(child, parent_hash, extra_keys) for child in children]
+        return nearest_of(token_ids, num_blocks * block_size, [tokens for tokens in followers if tokens is not None])
 
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         """Mark blocks and all blocks before them as just used, alike. Returns at once; nothing after `close`.
@@ -314,6 +349,18 @@ class PagedSSDCacheManager:
         """
         if self._writer is not None:
             self._writer.close(timeout_s)
+
+    def _read_tokens(
+        self, block_hash: BlockHash, parent_hash: BlockHash | None, extra_keys: tuple[str, ...]
+    ) -> npt.NDArray[np.uint32] | None:
+        """A block's tokens; None if it can't be read, is damaged, or was stored under other keys."""
+        try:
+            with open(block_path(self._directory, self._namespace, block_hash), "rb", buffering=0) as file:
+                token_ids = np.frombuffer(read_block_identity(file).token_ids, "<u4")
+        except OSError:
+            return None
+        proof = hash_block(parent_hash or self._namespace, token_ids, extra_keys)
+        return token_ids.astype(np.uint32, copy=False) if proof == block_hash else None
 
     def _has_file(self, block_hash: BlockHash) -> bool:
         path = block_path(self._directory, self._namespace, block_hash)

@@ -45,6 +45,7 @@ from omlx_core.cache.ssd_index_view import (
     check_version,
     current_bucket,
     is_damage,
+    read_children,
     read_totals,
 )
 from omlx_core.cache.ssd_layout import IndexEntry, UnpublishedFile, scan_directory
@@ -102,6 +103,15 @@ class SSDIndex(IndexView):
             self._is_suspect |= is_damage(exc)
             return False
         return row is not None
+
+    def children(self, namespace: NamespaceHash, parent_hash: BlockHash | None, limit: int) -> list[BlockHash]:
+        """See `IndexView.children`. Any thread; none if the database fails."""
+        try:
+            with self._reader_lock:
+                return read_children(self._reader, namespace, parent_hash, limit)
+        except sqlite3.Error as exc:
+            self._is_suspect |= is_damage(exc)
+            return []
 
     def totals(self) -> IndexTotals:
         """Count blocks and bytes. Any thread; what was last known once the index is closed or fails."""

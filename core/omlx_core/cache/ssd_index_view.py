@@ -21,12 +21,13 @@ from omlx_core.cache.ssd_layout import IndexEntry, UnpublishedFile
 from omlx_core.errors import BlockFileError, CacheDirectoryError
 
 INDEX_NAME = "index.sqlite3"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 COLUMNS = "namespace, hash, parent, depth, size_bytes, created_s, last_used, part"  # the fields of IndexEntry
 
 # A literal, because a partial index is of no use to a bound value.
 _IS_CHECKPOINT = f"part = '{CHECKPOINT}'"
+_IS_ROWS = f"part = '{ROWS}'"
 _ADD_SIZE = f"""size_bytes = size_bytes + NEW.size_bytes,
     checkpoint_bytes = checkpoint_bytes + (NEW.{_IS_CHECKPOINT}) * NEW.size_bytes"""
 _SUBTRACT_SIZE = f"""size_bytes = size_bytes - OLD.size_bytes,
@@ -37,6 +38,7 @@ SCHEMA = (
         size_bytes INTEGER NOT NULL, created_s REAL NOT NULL, last_used INTEGER NOT NULL,
         part TEXT NOT NULL DEFAULT '{ROWS}', PRIMARY KEY (hash, namespace)) WITHOUT ROWID""",
     "CREATE INDEX blocks_by_use ON blocks (last_used, depth DESC)",
+    f"CREATE INDEX rows_by_parent ON blocks (namespace, parent, last_used) WHERE {_IS_ROWS}",
     f"CREATE INDEX checkpoints_by_use ON blocks (last_used, depth DESC) WHERE {_IS_CHECKPOINT}",
     f"""CREATE TABLE unpublished (namespace BLOB NOT NULL, hash BLOB NOT NULL, owner TEXT NOT NULL,
         size_bytes INTEGER NOT NULL, part TEXT NOT NULL DEFAULT '{ROWS}',
@@ -147,6 +149,10 @@ class IndexView:
         ).fetchone()
         return row is not None
 
+    def children(self, namespace: NamespaceHash, parent_hash: BlockHash | None, limit: int) -> list[BlockHash]:
+        """The blocks that follow one, or that begin a chain; the most recently used first, `limit` at the most."""
+        return read_children(self._connection, namespace, parent_hash, limit)
+
     def current_totals(self) -> IndexTotals:
         """The totals as they are kept."""
         return read_totals(self._connection)
@@ -222,6 +228,18 @@ def read_totals(connection: sqlite3.Connection) -> IndexTotals:
             (current_bucket() - DAY_BUCKETS,),
         ).fetchone()
     )
+
+
+def read_children(
+    connection: sqlite3.Connection, namespace: NamespaceHash, parent_hash: BlockHash | None, limit: int
+) -> list[BlockHash]:
+    """The blocks that follow one, or that begin a chain; the most recently used first, `limit` at the most."""
+    rows = connection.execute(
+        f"""SELECT hash FROM blocks WHERE namespace = ? AND parent IS ? AND {_IS_ROWS}
+            ORDER BY last_used DESC LIMIT ?""",
+        (namespace, parent_hash, limit),
+    )
+    return [row[0] for row in rows]
 
 
 def current_bucket() -> int:

@@ -18,6 +18,7 @@ from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.block_pool import CacheBlock
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import EventBus, Listener
+from omlx_core.cache.neighbour import Neighbour
 from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
 from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockPayload
@@ -255,6 +256,10 @@ class TieredCache:
             self._unsaved.popleft()
             self._paged.free_block_table(table)
         self._is_all_in_hand.set()
+
+    def find_neighbour(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Neighbour | None:
+        """The sequence on SSD that a prompt shares most with; see `PagedSSDCacheManager.find_neighbour`."""
+        return None if self._ssd is None else self._ssd.find_neighbour(token_ids, self.block_size, extra_keys)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Have a listener called with every `CacheEvent` from now on, on a thread of its own.

@@ -1,6 +1,7 @@
-"""Why did I miss? Where a prompt leaves the recent sequence that it shares most with.
+"""Why did I miss? Where a prompt leaves the stored sequence that it shares most with.
 
-A changed timestamp, a tool's reordered keys, a trimmed history: the report shows the first tokens that differ.
+A changed timestamp, a tool's reordered keys, a trimmed history: the report shows the first tokens that differ. What
+this engine has stored itself is remembered whole; what is on disk from before is found by its blocks.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from omlx_core.cache.neighbour import Neighbour, num_shared_tokens
 from omlx_core.engine.results import Divergence
 
 _MAX_SEQUENCES = 64
 _MAX_TOKENS = 4_000_000
 _WINDOW_TOKENS = 8  # how much of either sequence a report shows
-_CHUNK_TOKENS = 4096  # two sequences that differ early are told apart early
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +53,51 @@ class RecentSequences:
             while len(self._sequences) > self._max_sequences or self._num_tokens > self._max_tokens:
                 self._num_tokens -= len(self._sequences.popleft().token_ids)
 
-    def find_divergence(
-        self,
-        token_ids: Sequence[int],
-        extra_keys: tuple[str, ...] = (),
-        decode: Callable[[list[int]], str] | None = None,
-    ) -> Divergence | None:
-        """Where a prompt leaves the sequence that it shares most with, the newest of several.
+    def find_neighbour(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Neighbour | None:
+        """The sequence that a prompt shares most with, the newest of several; None if it shares nothing with any.
 
         Args:
             token_ids: the prompt.
             extra_keys: what else it must share with that sequence.
-            decode: makes text of tokens, if the report is to have it.
-
-        Returns:
-            None if it continues that sequence, or is its beginning, or shares nothing with any.
         """
         prompt = np.asarray(token_ids, np.uint32)
         with self._lock:
             candidates = [known.token_ids for known in reversed(self._sequences) if known.extra_keys == extra_keys]
-        shared = [_num_shared(prompt, known) for known in candidates]
+        shared = [num_shared_tokens(prompt, known) for known in candidates]
         position = max(shared, default=0)
-        if not position:
-            return None
-        nearest = candidates[shared.index(position)]
-        if position in (len(prompt), len(nearest)):
-            return None
-        here, there = (each[position : position + _WINDOW_TOKENS].tolist() for each in (prompt, nearest))
-        texts = (None, None) if decode is None else (decode(here), decode(there))
-        return Divergence(position, tuple(here), tuple(there), *texts)
+        return Neighbour(position, candidates[shared.index(position)][position:]) if position else None
+
+
+def find_divergence(
+    token_ids: Sequence[int],
+    recent: Neighbour | None,
+    find_stored: Callable[[], Neighbour | None],
+    decode: Callable[[list[int]], str] | None = None,
+) -> Divergence | None:
+    """Where a prompt leaves the sequence that it shares most with.
+
+    Args:
+        token_ids: the prompt.
+        recent: the nearest of those that are remembered.
+        find_stored: finds the nearest on disk; asked only if it may tell more.
+        decode: makes text of tokens, if the report is to have it.
+
+    Returns:
+        None if the prompt continues that sequence, or is its beginning, or shares nothing with any.
+    """
+    nearest = recent
+    if recent is None or (recent.position < len(token_ids) and len(recent.next_ids)):
+        stored = find_stored()
+        if stored is not None and (recent is None or stored.position > recent.position):
+            nearest = stored
+    if nearest is None or not nearest.position:
+        return None
+    here = list(token_ids[nearest.position : nearest.position + _WINDOW_TOKENS])
+    there = nearest.next_ids[:_WINDOW_TOKENS].tolist()
+    if not here or not there:
+        return None
+    texts = (None, None) if decode is None else (decode(here), decode(there))
+    return Divergence(nearest.position, tuple(here), tuple(there), *texts)
 
 
 def _continues(sequence: _Sequence, known: _Sequence) -> bool:
@@ -88,16 +105,5 @@ def _continues(sequence: _Sequence, known: _Sequence) -> bool:
     return (
         known.extra_keys == sequence.extra_keys
         and length <= len(sequence.token_ids)
-        and _num_shared(sequence.token_ids, known.token_ids) == length
+        and num_shared_tokens(sequence.token_ids, known.token_ids) == length
     )
-
-
-def _num_shared(a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32]) -> int:
-    """How many tokens two sequences both begin with."""
-    length = min(len(a), len(b))
-    for start in range(0, length, _CHUNK_TOKENS):
-        chunk = slice(start, min(start + _CHUNK_TOKENS, length))
-        differs = a[chunk] != b[chunk]
-        if differs.any():
-            return start + int(differs.argmax())
-    return length

@@ -136,7 +136,7 @@ class Engine:
             scheduler.thread.close()
             raise
         self._scheduler = scheduler
-        self._maker = RequestMaker(loaded, settings, counts_system_tokens=has_checkpoints)
+        self._maker = RequestMaker(loaded, settings, tiers.find_neighbour, counts_system_tokens=has_checkpoints)
         self._cache = tiers
         self._name = loaded.name
         self._tokenizer = loaded.tokenizer

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+from omlx_core.cache.neighbour import Neighbour
 from omlx_core.engine.calls import MakeRequest
 from omlx_core.engine.constraint_compiler import ConstraintCompiler
 from omlx_core.engine.constraint_processor import ConstraintProcessor
-from omlx_core.engine.divergence import RecentSequences
+from omlx_core.engine.divergence import RecentSequences, find_divergence
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.progress import PrefillBar
@@ -22,6 +23,8 @@ from omlx_core.model.loading import LoadedModel, context_length
 from omlx_core.model.prompts import PromptEncoder
 from omlx_core.settings import EngineSettings
 
+FindStored = Callable[[list[int], tuple[str, ...]], Neighbour | None]
+
 
 class RequestMaker:
     """Makes the requests of one engine. Thread-safe.
@@ -29,6 +32,7 @@ class RequestMaker:
     Args:
         loaded: the model.
         settings: how requests are run.
+        find_stored: finds the stored sequence that a prompt shares most with, given its extra keys.
         counts_system_tokens: whether it matters where a chat's system messages end.
 
     Attributes:
@@ -36,13 +40,16 @@ class RequestMaker:
         context_length: most tokens of prompt and answer together; None if the model doesn't say.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: EngineSettings, *, counts_system_tokens: bool) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: EngineSettings, find_stored: FindStored, *, counts_system_tokens: bool
+    ) -> None:
         self._tokenizer = loaded.tokenizer
         self._max_batch_size = settings.max_batch_size
         self._counts_system_tokens = counts_system_tokens
         self._vocab_size: int | None = getattr(getattr(loaded.model, "args", None), "vocab_size", None)
         self._constraints = ConstraintCompiler(loaded.tokenizer)
         self._recent = RecentSequences()
+        self._find_stored = find_stored
         self.context_length = context_length(loaded.model, loaded.config, loaded.tokenizer)
         self.encoder = PromptEncoder(
             loaded.tokenizer,
@@ -128,7 +135,8 @@ class RequestMaker:
 
     def _find_divergence(self, token_ids: list[int], params: GenerationParams) -> Divergence | None:
         decode = self._tokenizer.decode if params.divergence_text and self._tokenizer is not None else None
-        return self._recent.find_divergence(token_ids, params.extra_keys, decode)
+        recent = self._recent.find_neighbour(token_ids, params.extra_keys)
+        return find_divergence(token_ids, recent, partial(self._find_stored, token_ids, params.extra_keys), decode)
 
 
 def _params_of_sample(params: GenerationParams, index: int) -> GenerationParams:
