@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from omlx_core.engine.constraints import Choice, Grammar, JSONSchema, Regex
 from omlx_core.engine.params import GenerationParams
 from omlx_core.engine.results import GenerationChunk, GenerationResult, Usage
 from omlx_core.settings import CacheSettings, EngineSettings
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheSettings",
+    "Choice",
     "Engine",
     "EngineSettings",
     "GenerationChunk",
     "GenerationParams",
     "GenerationResult",
+    "Grammar",
+    "JSONSchema",
     "ModelPool",
+    "Regex",
     "Usage",
 ]
 

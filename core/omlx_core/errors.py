@@ -25,6 +25,7 @@
     ├── UnknownModelError (LookupError)       a pool has no model of that name
     ├── ModelMemoryError (MemoryError)        a model doesn't fit what a pool may take
     ├── EngineError (RuntimeError)            a request failed inside the engine
+    │   └── UnmetConstraintError              an answer could not go on as its constraint asks
     ├── BlockPoolExhaustedError (MemoryError) every block is in use and the pool may not grow
     ├── BlockFileError (OSError)              a block file could not be read or written
     │   └── CorruptBlockError                 its content is not what was written
@@ -127,6 +128,10 @@ class ModelMemoryError(OMLXError, MemoryError):
 
 class EngineError(OMLXError, RuntimeError):
     """A request failed inside the engine; `__cause__` says why."""
+
+
+class UnmetConstraintError(EngineError):
+    """An answer could not be continued in a way that its constraint allows."""
 
 
 class BlockPoolExhaustedError(OMLXError, MemoryError):

@@ -81,7 +81,7 @@ def run_trial(name: str, folder: Path) -> Trial:
         questions = later_questions(cold[FIRST].token_ids)
         cold[EXACT_REPEAT] = cold[FIRST]
         cold.update(ask_all(engine, {key: question for key, question in questions.items() if key not in cold}))
-        is_batched = engine._scheduler._sequential_batch is None
+        is_batched = engine._scheduler._answers._sequential_batch is None
     with open_tiny_engine(name, block_size=BLOCK_SIZE) as engine:
         from_ram = ask_all(engine, {FIRST: first, **questions})
         engine.cache.check()

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 from omlx_core.mlx_backend import mx
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from constraint_trials import MODEL_VOCAB_SIZE, allowed_along, allowed_ids, answers, is_whole_answer, marked_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from omlx_core import CacheSettings, Engine
 from omlx_core.engine import constraint_processor
 from omlx_core.engine.constraint_compiler import ConstraintCompiler
 from omlx_core.engine.constraint_processor import apply_mask
 from omlx_core.engine.constraints import Choice, Grammar, JSONSchema, Regex
+from omlx_core.errors import UnmetConstraintError
 from omlx_core.model.tool_calls import template_format
 
 LONG_START, LONG_END = ("<|open|>", "think", "<|sep|>"), ("<|close|>", "think", "<|sep|>")
@@ -181,6 +185,19 @@ def test_a_token_that_isnt_allowed_ends_the_answer_and_is_logged_once(tokenizer,
     assert "x" in processor.error
     assert "\n" not in processor.error
     assert [record.getMessage().count(processor.error) for record in caplog.records] == [1]
+
+
+def test_engine_says_that_an_answer_could_not_follow_its_constraint(tokenizer):
+    model = tiny_llama()
+    with Engine(model, tokenizer, cache=CacheSettings(no_cache=True)) as engine:
+        assert len(engine.generate("fine", max_tokens=30, constraint=Regex("[ab]{9}")).text) == 9
+        # Logits that aren't numbers, from which a token is taken that isn't allowed.
+        weight = mx.full(model.model.norm.weight.shape, mx.nan)
+        mx.eval(weight)
+        engine._scheduler.thread.call(partial(setattr, model.model.norm, "weight", weight))
+        with pytest.raises(UnmetConstraintError, match=r"after token 1 .* use a simpler schema"):
+            engine.generate("spoilt", max_tokens=30, constraint=Regex("[ab]{9}"))
+        assert engine.num_active_requests == 0
 
 
 def test_an_answer_that_fails_leaves_its_neighbours_alone(model, tokenizer, compiler):

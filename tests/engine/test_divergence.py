@@ -83,7 +83,7 @@ def test_long_sequences_that_differ_late_are_compared_to_the_end():
     assert diverge(remembering(known), prompt).position == 9000
 
 
-@pytest.mark.parametrize("stored_position, expected", [(1, (2, (3,))), (2, (2, (3,))), (3, (3, (9,)))])
+@pytest.mark.parametrize(("stored_position", "expected"), [(1, (2, (3,))), (2, (2, (3,))), (3, (3, (9,)))])
 def test_stored_sequence_counts_if_it_shares_more(stored_position, expected):
     prompt = [1, 2, 7, 8]
     recent = remembering([1, 2, 3]).find_neighbour(prompt)
@@ -128,7 +128,7 @@ def reopened(model, tmp_path):
     settings = CacheSettings(block_size=BLOCK_SIZE, paged_ssd_cache_dir=tmp_path, paged_ssd_cache_max_size="1GB")
     with Engine(model, cache=settings) as engine:
         engine.generate(tokens(100), max_tokens=1)
-        engine.generate([*tokens(30), *range(100, 170)], max_tokens=1, cache_salt="theirs")
+        engine.generate([*tokens(10), *range(100, 190)], max_tokens=1, cache_salt="theirs")
 
     def reopen(**changes):
         return Engine(model, cache=settings.model_copy(update=changes))
@@ -152,13 +152,13 @@ def test_new_engine_says_where_the_prompt_left_what_is_on_disk(reopened, positio
 
 
 def test_sequence_of_another_salt_is_never_shown(reopened):
-    theirs = [*tokens(30), *range(100, 170)]
+    theirs = [*tokens(10), *range(100, 190)]
     with reopened() as engine:
-        found = engine.generate([*theirs[:35], 1, 1], max_tokens=1).divergence
-        assert found.position == 30  # where it left the trunk, which has no salt
-        shown = engine.generate([*theirs[:35], 1, 1], max_tokens=1, cache_salt="theirs").divergence
-        assert (shown.position, shown.cached_ids[0]) == (35, theirs[35])
-        assert engine.generate([*theirs[:35], 1, 1], max_tokens=1, cache_salt="mine").divergence is None
+        found = engine.generate([*theirs[:14], 1, 1], max_tokens=1).divergence
+        assert found.position == 10  # where it left the trunk, which has no salt
+        shown = engine.generate([*theirs[:14], 1, 1], max_tokens=1, cache_salt="theirs").divergence
+        assert (shown.position, shown.cached_ids[0]) == (14, theirs[14])
+        assert engine.generate([*theirs[:14], 1, 1], max_tokens=1, cache_salt="mine").divergence is None
 
 
 def test_continuation_of_what_is_on_disk_leaves_nothing(reopened):

@@ -1,16 +1,20 @@
 """What callers of the engine rely on: sharing, streaming, cancelling, closing, and clear errors."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from omlx_core.mlx_backend import mx
 
 import pytest
 from mlx_gate import MlxThreadGate
 from mlx_lm.models.cache import ArraysCache
-from tiny_models import tiny_mamba
+from tiny_models import tiny_llama, tiny_mamba
 from tiny_prompts import BLOCK_SIZE, tokens
 from tiny_tokenizer import tiny_tokenizer
 
@@ -213,7 +217,7 @@ def test_prefix_that_cannot_be_restored_is_computed(engine, monkeypatch, caplog)
 
 
 def test_failing_batch_fails_its_requests_and_the_engine_goes_on(engine, monkeypatch):
-    generator = engine._scheduler.thread.call(engine._scheduler._batch)
+    generator = engine._scheduler.thread.call(engine._scheduler._answers._batch)
 
     def fail():
         raise RuntimeError("out of memory")
@@ -223,6 +227,24 @@ def test_failing_batch_fails_its_requests_and_the_engine_goes_on(engine, monkeyp
         engine.generate(tokens(20), max_tokens=1)
     assert len(engine.generate(tokens(20), max_tokens=3).token_ids) == 3
     assert blocks_in_use(engine) == 0
+
+
+def test_closed_engine_holds_neither_weights_nor_blocks(tmp_path):
+    gc.collect()
+    before_bytes = mx.get_active_memory()
+    model = tiny_llama()
+    weights = weakref.ref(model)
+    engine = Engine(model, cache=CacheSettings(block_size=BLOCK_SIZE, paged_ssd_cache_dir=tmp_path))
+    engine.generate(tokens(100), max_tokens=3)
+    engine.sample(tokens(100), 2, max_tokens=3)
+    assert engine.cache.stats().hot.hot_bytes > 0
+    engine.close()
+    del model
+    gc.collect()
+    assert weights() is None
+    assert mx.get_active_memory() <= before_bytes
+    assert engine.cache.stats().hot.hot_bytes == 0
+    assert engine.memory_bytes == 0
 
 
 def test_close_fails_running_requests_and_refuses_new_ones(model):

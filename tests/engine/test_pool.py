@@ -58,9 +58,8 @@ def loader() -> Loader:
 
 
 @pytest.fixture
-def make_pool(loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModelPool]]:
+def make_pool(loader: Loader, tmp_path: Path) -> Iterator[Callable[..., ModelPool]]:
     """Makes pools of models by size in megabytes, whose files are as large as they are in memory."""
-    monkeypatch.setattr(pool_engines, "return_unused_memory", lambda: None)  # there is none, and looking takes long
     pools: list[ModelPool] = []
 
     def make(sizes: dict[str, int], **options: Any) -> ModelPool:

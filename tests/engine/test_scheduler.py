@@ -11,7 +11,7 @@ from tiny_models import tiny_gemma3, tiny_lfm2, tiny_llama
 from tiny_prompts import BLOCK_SIZE, tokens
 
 from omlx_core import CacheSettings, Engine, EngineSettings
-from omlx_core.engine import scheduler
+from omlx_core.engine import decoding
 from omlx_core.errors import (
     EngineBusyError,
     EngineError,
@@ -79,7 +79,7 @@ def test_samples_are_the_answers_to_their_seeds(make_model, is_sequential, monke
     model, prompt = make_model(), tokens(70)
     options = {"max_tokens": 20, "temperature": 1.0}
     expected = [solo(model, prompt, seed=seed, **options).token_ids for seed in (7, 8, 9)]
-    monkeypatch.setattr(scheduler, "needs_sequential_decoding", lambda *_: is_sequential)
+    monkeypatch.setattr(decoding, "needs_sequential_decoding", lambda *_: is_sequential)
     with Engine(model, cache=CACHE) as engine:
         assert [result.token_ids for result in engine.sample(prompt, 3, seed=7, **options)] == expected
         again = engine.sample(prompt, 3, seed=7, **options)
@@ -193,6 +193,53 @@ def test_requests_are_served_in_the_order_they_came(engine):
         for future in futures:
             future.result(30)
     assert order == list(range(6))
+
+
+class Steps:
+    """The answers that are being decoded at each step."""
+
+    def __init__(self, engine, monkeypatch):
+        self.sizes = []
+        step = engine._scheduler._answers.step
+        monkeypatch.setattr(engine._scheduler._answers, "step", lambda ids: self.sizes.append(len(ids)) or step(ids))
+
+
+def generate_together(engine, prompts, max_tokens):
+    """Answer prompts that are all in line before the first is looked at."""
+    with ThreadPoolExecutor(len(prompts)) as callers:
+        with MlxThreadGate(engine):
+            futures = [callers.submit(engine.generate, prompt, max_tokens=max_tokens) for prompt in prompts]
+            while engine.num_active_requests < len(prompts):
+                pass
+        return [future.result(30) for future in futures]
+
+
+@pytest.mark.parametrize(
+    ("step_size", "expected"), [(500, [4, 4, 4, 4]), (80, [2, 4, 4, 4, 2]), (50, [1, 2, 3, 4, 3, 2, 1])]
+)
+def test_short_prompts_share_a_prefill_step_and_join_together(model, monkeypatch, step_size, expected):
+    prompts = [tokens(41, seed=i) for i in range(4)]
+    with Engine(model, cache=CACHE, settings=EngineSettings(prefill_step_size=step_size)) as engine:
+        steps = Steps(engine, monkeypatch)
+        results = generate_together(engine, prompts, max_tokens=3)
+        assert_nothing_is_held(engine)
+    assert steps.sizes == expected
+    assert [result.token_ids for result in results] == [solo(model, p, max_tokens=3).token_ids for p in prompts]
+
+
+def test_streams_wait_for_no_more_than_one_restore(engine, monkeypatch):
+    prompts = [tokens(41, seed=i) for i in range(3)]
+    for prompt in prompts:
+        engine.generate(prompt, max_tokens=1)
+    stream = engine.stream(tokens(41, seed=9), max_tokens=3000)
+    next(stream)
+    steps = Steps(engine, monkeypatch)
+    generate_together(engine, prompts, max_tokens=8)
+    stream.close()
+    assert_nothing_is_held(engine)
+    while steps.sizes[0] == 1:
+        del steps.sizes[0]
+    assert steps.sizes[:3] == [2, 3, 4]
 
 
 # Reads.
@@ -387,7 +434,7 @@ def test_engine_in_a_forked_process_says_so(engine):
 
 
 def test_failing_batch_leaves_those_in_line_alone(engine, monkeypatch):
-    generator = engine._scheduler.thread.call(engine._scheduler._batch)
+    generator = engine._scheduler.thread.call(engine._scheduler._answers._batch)
     stream = engine.stream(tokens(40), max_tokens=3000)
     next(stream)
     with ThreadPoolExecutor(1) as caller:

@@ -7,7 +7,7 @@ from tiny_prompts import BLOCK_SIZE, tokens
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, Engine
-from omlx_core.engine import scheduler
+from omlx_core.engine import decoding
 from omlx_core.errors import EngineClosedError
 
 
@@ -16,7 +16,7 @@ def is_sequential(monkeypatch):
     """Decides for each request; by the length of its prompt, say."""
 
     def choose(condition):
-        monkeypatch.setattr(scheduler, "needs_sequential_decoding", lambda _m, _c, length, **_: condition(length))
+        monkeypatch.setattr(decoding, "needs_sequential_decoding", lambda _m, _c, length, **_: condition(length))
 
     choose(lambda _: True)
     return choose
@@ -58,13 +58,13 @@ def test_answer_is_stored_and_reused(engine):
 
 def test_end_token_and_stop_text_end_it(model, engine):
     whole = engine.generate(tokens(50), max_tokens=30)
-    engine._scheduler.thread.call(lambda: engine._scheduler._end_token_ids.append(whole.token_ids[5]))
-    engine._scheduler._sequential_batch = None
+    engine._scheduler.thread.call(lambda: engine._scheduler._answers._end_token_ids.append(whole.token_ids[5]))
+    engine._scheduler._answers._sequential_batch = None
     ended = engine.generate(tokens(50), max_tokens=30)
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]
     assert ended.finish_reason == "stop"
-    engine._scheduler._end_token_ids.clear()
-    engine._scheduler._sequential_batch = None
+    engine._scheduler._answers._end_token_ids.clear()
+    engine._scheduler._answers._sequential_batch = None
     stop = whole.text[3:5]
     stopped = engine.generate(tokens(50), max_tokens=30, stop=stop)
     assert stopped.text == whole.text[: whole.text.index(stop)]

@@ -84,7 +84,7 @@ def test_requests_side_by_side_and_samples_are_answered_as_alone(model, draft):
         samples = engine.sample(prompts[0], 2, max_tokens=10, temperature=1.0, seed=4)
         for seed, sample in enumerate(samples, start=4):
             assert sample.token_ids == alone(model, prompts[0], max_tokens=10, temperature=1.0, seed=seed).token_ids
-        assert not engine._scheduler._sequential()._num_read
+        assert not engine._scheduler._answers._sequential()._num_read
 
 
 def test_quantized_keys_go_with_a_draft(draft):

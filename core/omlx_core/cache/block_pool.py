@@ -132,15 +132,19 @@ class BlockPool:
 
     def __init__(self, initial_blocks: int, max_blocks: int | None = None) -> None:
         self._max_blocks = max_blocks
+        self._clock = 0
+        self.num_evictions = 0
+        self.clear()
+        self._grow(initial_blocks)
+
+    def clear(self) -> None:
+        """Forget all blocks, whoever holds them, and let go of their payloads; only the counters stay."""
         self._blocks: list[CacheBlock] = []
         self._empty: list[CacheBlock] = []
         self._checkpoints = _Kind()
         self._others = _Kind()
-        self._clock = 0
         self._index: dict[BlockHash, CacheBlock] = {}
         self._num_hot = 0
-        self.num_evictions = 0
-        self._grow(initial_blocks)
 
     @property
     def num_blocks(self) -> int:

@@ -309,6 +309,11 @@ class PagedCacheManager:
                 cow_copies=self._num_cow_copies,
             )
 
+    def close(self) -> None:
+        """Let go of everything in RAM; only `stats` may be called from then on."""
+        with self._lock:
+            self._pool.clear()
+
     def check(self) -> None:
         """Verify the pool's invariants, the budget and the checkpoints' share; for tests.
 

@@ -302,7 +302,7 @@ class TieredCache:
         self._paged.check()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Flush, for `timeout_s` at the most, and stop the I/O threads. Idempotent.
+        """Flush, for `timeout_s` at the most, stop the I/O threads, and let go of what is in RAM. Idempotent.
 
         The thread that calls match, restore, store and release must have stopped.
         """
@@ -314,6 +314,8 @@ class TieredCache:
                 self.retry_unsaved()
             self._ssd.close(max(0.0, deadline_s - time.monotonic()))
         self._events.close()
+        self._unsaved.clear()
+        self._paged.close()
 
     def _rows(self, table: BlockTable, position: int) -> Content:
         block = table.blocks[position]

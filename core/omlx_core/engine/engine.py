@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -65,7 +66,7 @@ class Engine:
         # An array may change threads once it is evaluated, not before; that goes for those that aren't parameters too.
         mx.eval(list(model_arrays(model).values()))
         loaded = LoadedModel(model=model, tokenizer=tokenizer, name=name, config=config or {}, adapter_path=None)
-        self._start(name, lambda: loaded, cache, settings)
+        self._start(name, lambda: loaded, cache, settings, owns_model=False)
 
     @classmethod
     def from_pretrained(
@@ -103,7 +104,7 @@ class Engine:
                 return loaded
             return dataclasses.replace(loaded, model=DraftedModel(loaded.model, load_model(draft_model).model))
 
-        engine._start(Path(path_or_repo).name, load, cache, settings)
+        engine._start(Path(path_or_repo).name, load, cache, settings, owns_model=True)
         return engine
 
     def _start(
@@ -112,6 +113,8 @@ class Engine:
         load: Callable[[], LoadedModel],
         cache: CacheSettings | None,
         settings: EngineSettings | None,
+        *,
+        owns_model: bool,
     ) -> None:
         cache = CacheSettings() if cache is None else cache
         if not isinstance(cache, CacheSettings):
@@ -142,7 +145,7 @@ class Engine:
         self._tokenizer = loaded.tokenizer
         self._weights_bytes = loaded.size_bytes
         # Closes at interpreter exit too, while the thread still runs.
-        self._finalizer = weakref.finalize(self, _close, scheduler, tiers, os.getpid())
+        self._finalizer = weakref.finalize(self, _close, scheduler, tiers, owns_model, os.getpid())
 
     @property
     def name(self) -> str:
@@ -177,7 +180,7 @@ class Engine:
     @property
     def memory_bytes(self) -> int:
         """What closing it would free: the bytes of the model's weights, and of what its cache holds in RAM."""
-        return self._weights_bytes + self._cache.stats().hot.hot_bytes
+        return 0 if self.is_closed else self._weights_bytes + self._cache.stats().hot.hot_bytes
 
     @property
     def is_closed(self) -> bool:
@@ -272,7 +275,7 @@ class Engine:
         return await self._asample(prompt, n, options)
 
     def close(self, *, drain: bool = False) -> None:
-        """Flush the SSD tier and stop all threads. Idempotent.
+        """Flush the SSD tier, stop all threads, and give back the memory, the weights' too. Idempotent.
 
         Args:
             drain: first take no more requests, and wait until those under way are answered; otherwise they fail.
@@ -297,8 +300,11 @@ class Engine:
             return results_of([arrived async for arrived in running], n)
 
 
-def _close(scheduler: Scheduler, tiers: TieredCache, process_id: int) -> None:
+def _close(scheduler: Scheduler, tiers: TieredCache, owns_model: bool, process_id: int) -> None:
     if os.getpid() != process_id:
         return  # a forked process has neither the threads nor a share in what they hold
     scheduler.thread.close()
     tiers.close()
+    if owns_model:
+        gc.collect()  # some of mlx-lm's modules refer to the one that they are in
+    mx.clear_cache()

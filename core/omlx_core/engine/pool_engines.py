@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from omlx_core.engine.pool_memory import choose_leaving, device_memory_bytes, return_unused_memory
+from omlx_core.engine.pool_memory import choose_leaving, device_memory_bytes
 from omlx_core.engine.pool_models import ModelList, ModelSpec, PooledModel
 from omlx_core.errors import EngineClosedError, EngineForkedError
 from omlx_core.settings import PoolSettings
@@ -164,8 +164,6 @@ class PoolEngines:
             self._make_room(model, engine.memory_bytes, max_bytes)
         except BaseException:
             engine.close()
-            del engine
-            return_unused_memory()
             raise
         return engine
 
@@ -234,8 +232,6 @@ class PoolEngines:
         except Exception as exc:
             return exc
         finally:
-            del engine
-            return_unused_memory()
             with self.changed:
                 model.end(None)
                 self.changed.notify_all()

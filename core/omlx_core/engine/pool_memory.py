@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,11 +67,3 @@ def device_memory_bytes() -> int:
 
     info = mx.device_info()
     return int(info.get("total_memory") or info.get("memory_size") or total_memory_bytes())
-
-
-def return_unused_memory() -> None:
-    """Give back to the system what nothing refers to any more."""
-    from omlx_core.mlx_backend import mx
-
-    gc.collect()  # some of mlx-lm's modules refer to the one that they are in
-    mx.clear_cache()

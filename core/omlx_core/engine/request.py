@@ -21,7 +21,7 @@ from omlx_core.engine.results import (
     TokenLogprob,
     Usage,
 )
-from omlx_core.errors import OMLXError, RequestCancelledError, RequestTimeoutError
+from omlx_core.errors import OMLXError, RequestCancelledError, RequestTimeoutError, UnmetConstraintError
 from omlx_core.state.prompt_state import PromptCache
 from omlx_core.state.recorder import WindowRecorder
 
@@ -48,6 +48,7 @@ class Request:
         on_finished: is given the answer's tokens before the result is; on the MLX thread, so it must be quick.
         divergence: where the prompt left what the cache knows.
         make_constraint: makes what the answer must follow; None is anything.
+        constraint: what this answer follows, once it is decoded.
         table: the blocks it holds; None if the model isn't cached.
         pending: the matched prefix while its content is on the way.
         prompt_cache: the layers' state during prefill; handed to mlx-lm's batch after it.
@@ -71,6 +72,7 @@ class Request:
     on_finished: Callable[[list[int]], None] | None = None
     divergence: Divergence | None = None
     make_constraint: Callable[[], ConstraintProcessor] | None = None
+    constraint: ConstraintProcessor | None = None
     is_cancelled: bool = False
     table: BlockTable | None = None
     pending: PendingRestore | None = None
@@ -108,6 +110,16 @@ class Request:
         return RequestTimeoutError(
             f"the request's timeout_s={self.params.timeout_s} ran out {when}: give it more time, or ask again, since "
             "what it has computed of the prompt is cached"
+        )
+
+    def why_unmet(self) -> OMLXError | None:
+        """The error for its callers, if the answer had to end before it followed its constraint."""
+        if self.constraint is None or self.constraint.error is None:
+            return None
+        return UnmetConstraintError(
+            f"the answer can't follow its constraint after token {len(self.output.token_ids)} "
+            f"({self.constraint.error}): use a simpler schema or grammar, without characters that the model's "
+            "vocabulary lacks"
         )
 
     def report_prefill(self) -> None:

@@ -5,8 +5,9 @@ prefilled in steps, and joins mlx-lm's running batch. The line is first come, fi
 are still being read lets others go ahead.
 
 Between two steps of a prefill the batch decodes one token: a stream waits for its next token no longer than one
-decode step and one prefill step of `prefill_step_size` tokens take, or one restore. Only one request prefills at a
-time: one that shares its prefix finds, when its turn comes, the blocks that the one before it has stored.
+decode step and one prefill step of `prefill_step_size` tokens take, and one restore. Only one request prefills at a
+time: one that shares its prefix finds, when its turn comes, the blocks that the one before it has stored. Prompts so
+short that several fit into one step join the batch together, so that it doesn't decode half empty meanwhile.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from typing import Any
 
 from omlx_core.mlx_backend import mx
 
-from mlx_lm.generate import BatchGenerator, generation_stream
+from mlx_lm.generate import generation_stream
 
+from omlx_core.engine.decoding import DecodingBatches
 from omlx_core.engine.mlx_thread import MLXThread, as_engine_error
 from omlx_core.engine.occupancy import Occupancy
 from omlx_core.engine.prefix_reuse import PrefixReuse
-from omlx_core.engine.prompt_caches import PromptCaches, fork_prompt_cache
+from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.engine.request import Request
-from omlx_core.engine.sampling import make_logits_processors, make_sampler, top_logprobs
-from omlx_core.engine.sequential_batch import SequentialBatch, needs_sequential_decoding
-from omlx_core.engine.speculative import DraftedModel, SpeculativeBatch
+from omlx_core.engine.sampling import top_logprobs
 from omlx_core.errors import CacheInvariantError, OMLXError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache
@@ -59,10 +59,7 @@ class Scheduler:
         self._prefilling: Request | None = None
         self._decoding: dict[int, Request] = {}
         self._model: Any = None
-        self._end_token_ids: list[int] = []
-        self._spared_token_ids: list[int] = []
-        self._generator: BatchGenerator | None = None
-        self._sequential_batch: SequentialBatch | None = None
+        self._batches: DecodingBatches | None = None
         self._reuse: PrefixReuse | None = None
         self._caches: PromptCaches | None = None
         self.thread = MLXThread(name, self)
@@ -108,9 +105,8 @@ class Scheduler:
             reuse: its use of the prefix cache.
             prompt_caches: makes its prompt caches.
         """
-        self._model, self._end_token_ids = model, end_token_ids
-        self._spared_token_ids = [*end_token_ids, *newline_token_ids]
-        self._reuse, self._caches = reuse, prompt_caches
+        self._model, self._reuse, self._caches = model, reuse, prompt_caches
+        self._batches = DecodingBatches(model, end_token_ids, newline_token_ids, prompt_caches, self._settings)
 
     def step(self) -> float | None:
         """One step of a prefill, and one of the batch; see `Worker`."""
@@ -138,15 +134,24 @@ class Scheduler:
     def _fail_decoding(self, error: OMLXError) -> None:
         requests = list(self._decoding.values())
         self._decoding.clear()
-        self.close()
+        self._drop_batches()
         for request in requests:
             self._end(request, error)
 
     def close(self) -> None:
-        """Let go of the batches."""
-        if self._generator is not None:
-            self._generator.close()
-        self._generator = self._sequential_batch = None
+        """Let go of the model and all of its state; nothing is served any more."""
+        self._drop_batches()
+        self._model = self._reuse = self._caches = self._batches = None
+
+    def _drop_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+
+    @property
+    def _answers(self) -> DecodingBatches:
+        if self._batches is None:
+            raise CacheInvariantError("a request came before the model")
+        return self._batches
 
     @property
     def _prefixes(self) -> PrefixReuse:
@@ -208,17 +213,32 @@ class Scheduler:
     # Prefill.
 
     def _advance_prefill(self) -> None:
-        self._read_ahead()
-        if self._prefilling is None:
-            self._prefilling = self._next_ready()
-        request = self._prefilling
-        if request is None:
-            return
-        try:
-            self._prefill_step(request)
-        except Exception as exc:  # one bad request must not end the others
-            self._prefilling = None
-            self._end(request, as_engine_error(exc))
+        """Compute up to `prefill_step_size` tokens of the next prompts: short ones share a step, and join together."""
+        has_streams = bool(self._decoding)
+        num_computed = 0
+        while True:
+            self._read_ahead()
+            if self._prefilling is None:
+                self._prefilling = self._next_ready()
+            request = self._prefilling
+            if request is None:
+                return
+            try:
+                is_first = request.prompt_cache is None
+                if is_first and not self._begin(request):
+                    continue
+                step = self._next_step(request)
+                if num_computed and num_computed + len(step) > self._settings.prefill_step_size:
+                    return
+                self._prefill_step(request, step)
+                num_computed += len(step)
+            except Exception as exc:  # one bad request must not end the others
+                self._prefilling = None
+                self._end(request, as_engine_error(exc))
+                continue
+            num_restored = request.cached_tokens_hot + request.cached_tokens_cold if is_first else 0
+            if num_restored and has_streams:
+                return  # restoring takes time too, and those who wait for tokens wait for no more than one
 
     def _read_ahead(self) -> None:
         """Match the next in line, so that their blocks are read while others compute."""
@@ -241,13 +261,16 @@ class Scheduler:
                 return request
         return None
 
-    def _prefill_step(self, request: Request) -> None:
-        """Take a request one step further: restore, prefill one step, or join the batch."""
-        if request.prompt_cache is None and not self._prefixes.begin(request):
-            self._reading.insert(0, request)  # it was matched anew, and more is being read
-            self._prefilling = None
-            return
-        # The last token is left to the batch, whose first step gives the first logits.
+    def _begin(self, request: Request) -> bool:
+        """Restore what is cached of a prompt; False if more of it is to be read first."""
+        if self._prefixes.begin(request):
+            return True
+        self._reading.insert(0, request)  # it was matched anew
+        self._prefilling = None
+        return False
+
+    def _next_step(self, request: Request) -> list[int]:
+        """The tokens to compute next; the last is left to the batch, whose first step gives the first logits."""
         end = len(request.prompt_ids) - 1
         stop = min(request.num_computed + self._settings.prefill_step_size, end)
         if end - stop == 1:
@@ -255,11 +278,14 @@ class Scheduler:
         stop = min(self._prompt_caches.end_of_step(request.num_computed, stop), end)
         # A recurrent state can only be had where the computation stops.
         stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
-        step = request.prompt_ids[request.num_computed : stop]
+        return request.prompt_ids[request.num_computed : stop]
+
+    def _prefill_step(self, request: Request, step: list[int]) -> None:
+        """Take a request one step further, and into the batch once its prompt is computed."""
         if step:
             self._compute(request, step)
         request.report_prefill()
-        if request.num_computed == end:
+        if request.num_computed == len(request.prompt_ids) - 1:
             self._prefilling = None
             self._join_batch(request)
 
@@ -275,22 +301,8 @@ class Scheduler:
 
     def _join_batch(self, request: Request) -> None:
         """Begin to decode a request, and its further samples, each on a copy-on-write fork of its blocks."""
-        samples, prompt_cache = request.samples, request.prompt_cache or []
-        is_sequential = (
-            isinstance(self._model, DraftedModel)
-            or self._prompt_caches.quantization is not None
-            or needs_sequential_decoding(self._model, prompt_cache, len(request.prompt_ids))
-        )
-        batch = self._sequential() if is_sequential else self._batch()
-        processors = [self._make_processors(sample) for sample in samples]
-        uids = batch.insert_segments(
-            [[request.prompt_ids[-1:]] for _ in samples],
-            max_tokens=[sample.params.max_tokens for sample in samples],
-            caches=[prompt_cache, *(fork_prompt_cache(prompt_cache) for _ in samples[1:])],
-            all_tokens=[request.prompt_ids[:-1] for _ in samples],
-            samplers=[make_sampler(sample.params, self._spared_token_ids) for sample in samples],
-            logits_processors=processors,
-        )
+        uids = self._answers.add(request)
+        samples = request.samples
         self._prefixes.fork(request)
         request.prompt_cache, request.samples = None, [request]
         for sample in samples:
@@ -298,25 +310,12 @@ class Scheduler:
         self.occupancy.leave_line(len(samples))
         self._decoding.update(zip(uids, samples, strict=True))
 
-    @staticmethod
-    def _make_processors(request: Request) -> list[Any]:
-        processors: list[Any] = make_logits_processors(request.params)
-        if request.make_constraint is not None:
-            processors.append(request.make_constraint())  # the last: what it forbids stays forbidden
-        return processors
-
     # Decode.
 
     def _decode(self) -> None:
         if not self._decoding:
             return
-        # Each is asked for its share of the requests only: an empty step costs time too.
-        has_batched, has_sequential = any(uid >= 0 for uid in self._decoding), any(uid < 0 for uid in self._decoding)
-        responses = [
-            *(self._batch().next()[1] if has_batched else ()),
-            *(self._sequential().next()[1] if has_sequential else ()),
-        ]
-        for response in responses:
+        for response in self._answers.step(self._decoding):
             request = self._decoding.get(response.uid)
             if request is not None:
                 self._take_token(request, response)
@@ -333,50 +332,23 @@ class Scheduler:
             top_logprobs(response.logprobs, params.top_logprobs) if params.top_logprobs else None,
             is_end_token=response.finish_reason == "stop",
         )
-        finish_reason = response.finish_reason
+        finish_reason, error = response.finish_reason, request.why_unmet()
         if finish_reason is not None:
             del self._decoding[response.uid]
             self._prefixes.finish(request, response.prompt_cache)
-        elif request.output.has_met_stop_text:
+        elif request.output.has_met_stop_text or error is not None:
             finish_reason = "stop"
             self._remove_from_batch(response.uid)
         if finish_reason is not None:
             self.occupancy.leave()
-            request.emit_result(finish_reason)
+            if error is not None:
+                request.emit(error)
+            else:
+                request.emit_result(finish_reason)
 
     def _remove_from_batch(self, uid: int) -> None:
-        prompt_cache, _ = self._batch_of(uid).remove([uid], return_prompt_caches=True)[uid]
-        self._prefixes.finish(self._decoding.pop(uid), prompt_cache)
+        self._prefixes.finish(self._decoding.pop(uid), self._answers.remove(uid))
 
     def _extract(self, uid: int, final: PromptCache | None) -> PromptCache:
         """A decoding request's prompt cache; `final` if the batch has let go of it."""
-        if final is not None:
-            return final
-        prompt_cache, _ = self._batch_of(uid).extract_cache([uid])[uid]
-        return prompt_cache
-
-    # Batch.
-
-    def _batch(self) -> BatchGenerator:
-        if self._generator is None:
-            self._generator = BatchGenerator(
-                self._model,
-                stop_tokens=[[token_id] for token_id in self._end_token_ids],
-                completion_batch_size=self._settings.max_batch_size,
-                prefill_batch_size=self._settings.max_batch_size,
-            )
-        return self._generator
-
-    def _sequential(self) -> SequentialBatch:
-        if self._sequential_batch is None:
-            prepare_step = self._prompt_caches.prepare_step
-            if isinstance(self._model, DraftedModel):
-                self._sequential_batch = SpeculativeBatch(
-                    self._model, self._end_token_ids, prepare_step, self._settings.num_draft_tokens
-                )
-            else:
-                self._sequential_batch = SequentialBatch(self._model, self._end_token_ids, prepare_step)
-        return self._sequential_batch
-
-    def _batch_of(self, uid: int) -> BatchGenerator | SequentialBatch:
-        return self._batch() if uid >= 0 else self._sequential()
+        return self._answers.extract(uid) if final is None else final
