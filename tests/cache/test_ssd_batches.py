@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -235,20 +233,6 @@ def test_a_block_queued_twice_is_written_once(cache, save_together, make_hash, m
     assert cache.stats().blocks_written == 1
     assert cache.stats().write_errors == 0
     assert_sound(cache, directory)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-def test_the_writer_leaves_the_processor_to_others(cache, make_hash, make_payload) -> None:
-    niceness: list[int] = []
-    cache.save_block(
-        make_hash(1),
-        None,
-        TOKENS,
-        make_payload(),
-        lambda *_: niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())),
-    )
-    assert cache.flush(WAIT_S)
-    assert niceness[0] > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 # The threads

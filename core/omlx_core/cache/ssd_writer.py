@@ -21,7 +21,6 @@ from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskLimits, SaveOutcome
 from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, NewBlock, SaveResult
 from omlx_core.cache.ssd_stats import StatsKeeper
-from omlx_core.cache.thread_priority import yield_to_others
 from omlx_core.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -157,7 +156,6 @@ class BlockWriter:
     # What follows runs on the writer's thread.
 
     def _run(self) -> None:
-        yield_to_others()
         try:
             while (task := self._next()) is not None:
                 if isinstance(task, list):
