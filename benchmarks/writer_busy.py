@@ -1,6 +1,6 @@
 """Whether writing to the SSD tier slows decoding down: tokens per second with the writer busy, and with the tier off.
 
-    python benchmarks/writer_busy.py [--runs 7] [--tokens 100] [--layers 12] [--hidden 768]
+    python benchmarks/writer_busy.py [--runs 7] [--tokens 100] [--layers 12] [--hidden 768] [--directory DIR]
 
 A random-weight llama decodes one request, while an SSD cache of the same process is given blocks as large as this
 model's:
@@ -8,30 +8,26 @@ model's:
 - **off**: none.
 - **busy**: as many bytes per second as the model's own prefill yields, without a pause; more than an engine has to
   write while it decodes.
-- **flooded**: always the next one, as fast as the disk takes them. No engine does that; it shows where the limit is.
+- **flooded**: always the next ones, as fast as the disk takes them. No engine does that; it shows where the limit is.
 
-The three alternate, so that a busy machine is equally bad for each; medians and their ratios to "off" are printed as
-JSON.
+The time that a token takes is compared with that of "off", in turn. A table goes to standard error, JSON to standard
+output.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from contextlib import closing, nullcontext
-from importlib.metadata import version
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 
-from omlx_core.mlx_backend import backend_name, mx
+from omlx_core.mlx_backend import mx
 
 import numpy as np
+from harness import Figure, medians_in_turn, print_report, print_table
 from mlx_lm.models.llama import Model, ModelArgs
-from tqdm import trange
 
 from omlx_core import CacheSettings, Engine
 from omlx_core.cache.block_hash import BlockHash, hash_block, hash_namespace
@@ -42,6 +38,9 @@ BLOCK_SIZE = 64
 PROMPT_TOKENS = 256
 VOCAB_SIZE = 32_000
 NUM_HEADS = 12
+NUM_FED_AT_ONCE = 16  # as many as the writer takes together, and as many waiting
+BAR = 1 / 0.95
+WAIT_S = 60.0
 
 
 def make_model(num_layers: int, hidden_size: int) -> Model:
@@ -93,11 +92,11 @@ class BusyWriter:
         self.bytes_per_s.append(written_bytes / (time.perf_counter() - self._begin_s))
         self._stop.set()
         self._thread.join()
-        self._cache.flush(60)
+        self._cache.flush(WAIT_S)
         self._cache.clear()
 
     def _feed(self) -> None:
-        free = threading.Semaphore(2)  # one being written, one waiting
+        free = threading.Semaphore(2 * NUM_FED_AT_ONCE)
 
         def on_complete(_: BlockHash, is_on_disk: bool) -> None:
             if not is_on_disk:
@@ -111,9 +110,10 @@ class BusyWriter:
                 self._cache.save_block(block_hash, None, [self._num_fed], self._payload, on_complete)
 
 
-def decode_tokens_per_s(engine: Engine, max_tokens: int) -> float:
-    arrivals_s = [time.perf_counter() for _ in engine.stream(list(range(PROMPT_TOKENS)), max_tokens=max_tokens)]
-    return (len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0])
+def decode_token_s(engine: Engine, max_tokens: int, writer: AbstractContextManager[None]) -> float:
+    with writer:
+        arrivals_s = [time.perf_counter() for _ in engine.stream(list(range(PROMPT_TOKENS)), max_tokens=max_tokens)]
+        return (arrivals_s[-1] - arrivals_s[0]) / (len(arrivals_s) - 1)
 
 
 def prefill_tokens_per_s(engine: Engine) -> float:
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="to decode in each run")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--directory", help="where to write, on the disk in question")
+    parser.add_argument("--directory", type=Path, help="where to write, on the disk in question")
     args = parser.parse_args()
     model = make_model(args.layers, args.hidden)
     element_bytes = 4 if mx.default_device() == mx.cpu else 2
@@ -138,7 +138,6 @@ def main() -> None:
     data = np.random.default_rng(0).integers(0, 256, block_bytes, dtype=np.uint8).data.toreadonly()
     payload = BlockPayload({"layers": BlockTensor("U8", (block_bytes,), data)})
     namespace = hash_namespace({"benchmark": "writer_busy"})
-    rates: dict[str, list[float]] = {"off": [], "busy": [], "flooded": []}
     with (
         tempfile.TemporaryDirectory(dir=args.directory) as root,
         closing(
@@ -148,35 +147,35 @@ def main() -> None:
         ) as cache,
         Engine(model, name="random", cache=CacheSettings(no_cache=True)) as engine,
     ):
-        decode_tokens_per_s(engine, 20)  # the first call pays for memory that later ones reuse
         prefill_rate = prefill_tokens_per_s(engine)
         writers = {
             "busy": BusyWriter(cache, payload, BLOCK_SIZE / prefill_rate),
             "flooded": BusyWriter(cache, payload, 0.0),
         }
-        for run in trange(args.runs, desc="runs"):
-            for kind in list(rates)[:: 1 if run % 2 else -1]:
-                with writers.get(kind, nullcontext()):
-                    rates[kind].append(decode_tokens_per_s(engine, args.tokens))
-    medians = {kind: statistics.median(values) for kind, values in rates.items()}
-    json.dump(
-        {
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {backend_name()}",
-            "versions": {name: version(name) for name in ("omlx-plugins", "mlx", "mlx-lm")},
-            "runs": args.runs,
-            "tokens": args.tokens,
-            "block_mb": round(block_bytes / 1e6, 2),
-            "prefill_tokens_per_s": round(prefill_rate, 1),
-            "written_mb_per_s": {
-                kind: round(statistics.median(writer.bytes_per_s) / 1e6, 1) for kind, writer in writers.items()
+        medians_s = medians_in_turn(
+            {
+                kind: partial(decode_token_s, engine, args.tokens, writers.get(kind, nullcontext()))
+                for kind in ("off", *writers)
             },
-            "decode_tokens_per_s": {kind: round(value, 2) for kind, value in medians.items()},
-            "ratio_to_off": {kind: round(medians[kind] / medians["off"], 3) for kind in writers},
+            args.runs,
+            description="decoding",
+            warm_up=1,
+        )
+    figures = [
+        Figure(f"time per token, writer {kind} / off", medians_s[kind] / medians_s["off"], "x", BAR) for kind in writers
+    ]
+    print_table(figures)
+    print_report(
+        runs=args.runs,
+        tokens=args.tokens,
+        block_mb=round(block_bytes / 1e6, 2),
+        prefill_tokens_per_s=round(prefill_rate, 1),
+        written_mb_per_s={
+            kind: round(statistics.median(writer.bytes_per_s[1:]) / 1e6, 1) for kind, writer in writers.items()
         },
-        sys.stdout,
-        indent=2,
+        decode_tokens_per_s={kind: round(1 / median_s, 2) for kind, median_s in medians_s.items()},
+        figures=[figure.as_dict() for figure in figures],
     )
-    print()
 
 
 if __name__ == "__main__":

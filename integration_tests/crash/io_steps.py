@@ -3,6 +3,9 @@
 Nothing in the code under test knows of this: the functions it calls are wrapped from outside. A kill before step n + 1
 leaves the same folder as one after step n, because between two steps nothing reaches the disk. One kind of step can
 also be cut in the middle: a write, of which then half of the bytes arrive.
+
+Steps of several threads are counted as they come. How many there are doesn't depend on their order, so each number is
+a moment at which the process can be killed, though not the same one in every run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import io
 import os
 import signal
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +53,7 @@ class IOSteps:
         self._tears_write = tears_write
         self._syncs = syncs
         self._is_paused = False
+        self._lock = threading.Lock()
         # Kind and object: a path, or a statement with the hashes that it is about.
         self.trace: list[tuple[str, str]] = []
 
@@ -65,11 +70,12 @@ class IOSteps:
         """Count a step, which is about to be made."""
         if self._is_paused:
             return
-        self.trace.append((kind, os.fspath(detail) if isinstance(detail, os.PathLike) else str(detail)))
-        if len(self.trace) == self._kill_at:
-            if self._tears_write and tear is not None:
-                tear()
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:
+            self.trace.append((kind, os.fspath(detail) if isinstance(detail, os.PathLike) else str(detail)))
+            if len(self.trace) == self._kill_at:
+                if self._tears_write and tear is not None:
+                    tear()
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
         """Wrap the functions, for the rest of the process."""
@@ -97,6 +103,14 @@ class IOSteps:
             return write(fd, data)
 
         os.write = counted_write
+        writev = os.writev
+
+        def counted_writev(fd: int, buffers: Any) -> int:
+            data = b"".join(buffers)
+            self.take("write", _path_of(fd), lambda: write(fd, data[: len(data) // 2]))
+            return writev(fd, buffers)
+
+        os.writev = counted_writev
         open_function = builtins.open
 
         def counted_open(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:

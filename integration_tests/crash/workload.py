@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +124,10 @@ class Workload:
     def perform(self, operation: Operation) -> None:
         manager = self.managers[operation.namespace]
         if operation.verb == "save":
-            for name in operation.names:
-                self.save(operation.namespace, name)
+            # What is queued while the writer is at work is written together: all of it, in every run.
+            with held_up(manager):
+                for name in operation.names:
+                    self.save(operation.namespace, name)
         elif operation.verb == "touch":
             manager.touch([hash_of(operation.namespace, name) for name in operation.names])
         elif operation.verb == "damage":
@@ -148,6 +153,24 @@ class Workload:
     def close(self) -> None:
         for manager in self.managers.values():
             manager.close()
+
+
+@contextlib.contextmanager
+def held_up(manager: PagedSSDCacheManager) -> Iterator[None]:
+    """Let a manager's writer wait until the end: in telling of a block that can't be written, for lack of a parent."""
+    is_waiting, may_go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        is_waiting.set()
+        may_go_on.wait(WAIT_S)
+
+    orphan, parent = BlockHash(b"o" * 32), BlockHash(b"p" * 32)
+    manager.save_block(orphan, parent, [0], BlockPayload({}), wait)
+    is_waiting.wait(WAIT_S)
+    try:
+        yield
+    finally:
+        may_go_on.set()
 
 
 def damage(path: Path) -> None:

@@ -85,6 +85,18 @@ class FaultyIO:
             fsync(fd)
 
         monkeypatch.setattr(os, "fsync", faulty_fsync)
+        writev = os.writev
+
+        def faulty_writev(fd: int, buffers: Any) -> int:
+            if fd in faulty._fds:
+                try:
+                    faulty.check("write", fd)
+                except OSError:
+                    writev(fd, buffers[: len(buffers) // 2])  # a part may have arrived
+                    raise
+            return writev(fd, buffers)
+
+        monkeypatch.setattr(os, "writev", faulty_writev)
 
     @contextlib.contextmanager
     def failing(self, *kinds: str, code: int) -> Iterator[None]:

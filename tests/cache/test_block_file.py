@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -245,6 +246,22 @@ def test_a_short_write_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "fstat", lambda fd: status)
     with pytest.raises(BlockFileError, match="after writing"):
         write_block_file(tmp_path / "b", block)
+
+
+def test_a_write_that_stops_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.arange(3000, dtype=np.uint8)
+    names = [f"layer.{number}" for number in range(1500)]  # more buffers than a system takes at once
+    payload = BlockPayload({name: BlockTensor("U8", (2,), content[i : i + 2].data) for i, name in enumerate(names)})
+    payload = BlockPayload({**payload.tensors, "all": BlockTensor("U8", (3000,), content.data)})
+    limits = itertools.cycle([7, 1, 2048, 1000])
+
+    def write_some(fd: int, buffers: list[memoryview]) -> int:
+        assert len(buffers) <= 1024
+        return os.write(fd, b"".join(buffers)[: next(limits)])
+
+    monkeypatch.setattr(os, "writev", write_some)
+    write_block_file(tmp_path / "b", encode_block(IDENTITY, payload))
+    assert read(tmp_path / "b") == (IDENTITY, payload)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ import base64
 import binascii
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ FORMAT_VERSION = 2
 BLOCK_SUFFIX = ".safetensors"
 
 _MAX_HEADER_BYTES = 16 * 1024**2
+_MAX_BUFFERS = 1024  # in one call; IOV_MAX of Linux and macOS
 _CHECKSUM_DIGITS = 32
 _HEADER_START = b'{"__metadata__":{"checksum":"'
 _ELEMENT_BYTES = {
@@ -178,14 +181,27 @@ def write_block_file(path: Path, block: EncodedBlock) -> None:
     Raises:
         OSError: the file exists, or could not be written in full. A part of it may be left.
     """
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        for buffer in block.buffers:
-            file.write(buffer)
-        file.flush()
-        size_bytes = os.fstat(file.fileno()).st_size
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _write_all(fd, block.buffers)
+        size_bytes = os.fstat(fd).st_size
         if size_bytes != block.size_bytes:
             raise BlockFileError(f"{path} has {size_bytes} bytes after writing {block.size_bytes}")
-        sync_file(file.fileno())
+        sync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, buffers: Sequence[bytes | memoryview]) -> None:
+    # Straight from the payload's memory, in one call as a rule: each call has to wait for the interpreter afterwards.
+    # Systems cap a single write near 2 GiB.
+    waiting = deque(memoryview(buffer) for buffer in buffers if len(buffer))
+    while waiting:
+        count = os.writev(fd, list(itertools.islice(waiting, _MAX_BUFFERS)))
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.popleft())
+        if count:
+            waiting[0] = waiting[0][count:]
 
 
 def read_block_identity(file: io.FileIO) -> BlockIdentity:

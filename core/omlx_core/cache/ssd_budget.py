@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from omlx_core.cache.ssd_owner import is_abandoned, new_owner, retire_owner
 from omlx_core.cache.ssd_stats import StatsKeeper
 
 _FILES_PER_TRANSACTION = 1000
+_NOTHING: Mapping[BlockHash, BlockHash | None] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class DiskLimits:
 
 
 class SaveOutcome(enum.Enum):
-    """How saving a block ended, when it didn't fail."""
+    """How saving a block ended."""
 
     WRITTEN = enum.auto()
     ALREADY_THERE = enum.auto()
@@ -67,6 +68,8 @@ class SaveOutcome(enum.Enum):
     """The last 24 hours' writing would exceed its budget."""
     FREE_SPACE = enum.auto()
     """Too little space is free on the volume."""
+    FAILED = enum.auto()
+    """The disk or the index failed."""
 
     @property
     def is_on_disk(self) -> bool:
@@ -105,11 +108,22 @@ class DiskBudget:
         parent_hash: BlockHash | None,
         size_bytes: int,
         part: Part,
+        *,
+        in_hand: Mapping[BlockHash, BlockHash | None] = _NOTHING,
     ) -> SaveOutcome | None:
         """Make room for a file that is about to be written to `temporary_path`, and enter it as written.
 
-        Blocks leave in order of their last use, leaves before their parents; those before the new block stay. For a
-        checkpoint beyond the checkpoints' share, other checkpoints leave first.
+        Blocks leave in order of their last use, leaves before their parents; those before the new block, and before
+        others in hand, stay. For a checkpoint beyond the checkpoints' share, other checkpoints leave first.
+
+        Args:
+            namespace: the block's.
+            block_hash: the block.
+            parent_hash: the block before it, published or in hand.
+            size_bytes: the file's size.
+            part: what of a block it is.
+            in_hand: the blocks that this writer has reserved room for, and neither published nor released yet, each
+                with the block before it.
 
         Returns:
             None, or why the file may not be written; nothing is evicted then.
@@ -123,12 +137,12 @@ class DiskBudget:
         while True:
             with self._index.transaction():
                 parent = None if parent_hash is None else self._index.get(namespace, parent_hash)
-                if parent is None and parent_hash is not None:
+                if parent is None and parent_hash is not None and parent_hash not in in_hand:
                     return SaveOutcome.NO_PARENT
                 if self._exceeds_write_budget(size_bytes):
                     return SaveOutcome.WRITE_BUDGET
-                has_more = self._remove_leftovers()
-                victims = self._victims(size_bytes, part, parent)
+                has_more = self._remove_leftovers(in_hand)
+                victims = self._victims(size_bytes, part, [parent_hash, *in_hand.values()], namespace)
                 if victims == []:
                     self._index.add_unpublished(UnpublishedFile(namespace, block_hash, self.owner, size_bytes, part))
                     self._index.record_write(size_bytes)
@@ -138,14 +152,21 @@ class DiskBudget:
                         return SaveOutcome.TOO_LARGE
                     self._evict(victims)
 
-    def release(self, namespace: NamespaceHash, block_hash: BlockHash) -> None:
-        """Remove a temporary file, if it is still there, and its reservation.
+    def release(self, namespace: NamespaceHash, block_hash: BlockHash, *, is_renamed: bool = False) -> None:
+        """Remove a file that isn't to be published, if it is still there, and its reservation.
+
+        Args:
+            namespace: the block's.
+            block_hash: the block.
+            is_renamed: the file has its final name already.
 
         Raises:
             OSError: neither could be done; the next process will.
         """
         with self._index.transaction():
             temporary_path(self._directory, namespace, block_hash, self.owner).unlink(missing_ok=True)
+            if is_renamed:
+                self._unlink_unlisted(namespace, block_hash)
             self._index.remove_unpublished(namespace, block_hash, self.owner)
 
     def trim(self) -> None:
@@ -182,7 +203,7 @@ class DiskBudget:
         self._index.settle_ledger()
         return self._index.current_totals().bytes_written_last_day + size_bytes > self._limits.write_budget_bytes
 
-    def _remove_leftovers(self) -> bool:
+    def _remove_leftovers(self, in_hand: Collection[BlockHash] = ()) -> bool:
         """Unlink evicted and abandoned files; whether there are more. Inside a transaction.
 
         The rows of evicted blocks were committed as gone before: no reader that starts now looks for them. Under the
@@ -193,8 +214,9 @@ class DiskBudget:
             temporary = None
             if file.owner != EVICTED:
                 temporary = temporary_path(self._directory, file.namespace, file.block_hash, file.owner)
-                # Its own can only be there because `release` failed: it writes one file at a time, and none now.
-                if file.owner != self.owner and not is_abandoned(file.owner, temporary):
+                # Others of its own can only be there because `release` failed.
+                is_in_use = file.block_hash in in_hand if file.owner == self.owner else None
+                if not is_abandoned(file.owner, temporary) if is_in_use is None else is_in_use:
                     continue
             # Others wait for this transaction meanwhile.
             if num_removed == _FILES_PER_TRANSACTION:
@@ -203,13 +225,26 @@ class DiskBudget:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
             # Also after a crash between the rename and the commit of its row.
-            if self._index.get(file.namespace, file.block_hash) is None:
-                block_path(self._directory, file.namespace, file.block_hash).unlink(missing_ok=True)
+            self._unlink_unlisted(file.namespace, file.block_hash)
             self._index.remove_unpublished(file.namespace, file.block_hash, file.owner)
         return False
 
-    def _victims(self, size_bytes: int, part: Part, parent: IndexEntry | None) -> list[IndexEntry] | None:
-        """What must leave for a new file, in that order; None if all that may leave is not enough."""
+    def _unlink_unlisted(self, namespace: NamespaceHash, block_hash: BlockHash) -> None:
+        """Remove a block's file, unless the block is published. Inside a transaction."""
+        if self._index.get(namespace, block_hash) is None:
+            block_path(self._directory, namespace, block_hash).unlink(missing_ok=True)
+
+    def _victims(
+        self, size_bytes: int, part: Part, needed: Iterable[BlockHash | None], namespace: NamespaceHash
+    ) -> list[IndexEntry] | None:
+        """What must leave for a new file, in that order; None if all that may leave is not enough.
+
+        Args:
+            size_bytes: the file's size.
+            part: what of a block it is.
+            needed: blocks that must stay, with all before them, as far as they are published.
+            namespace: that of these.
+        """
         totals = self._index.current_totals()
         excess_bytes = totals.size_bytes + size_bytes - self._limits.max_size_bytes
         checkpoints: list[IndexEntry] | None = []
@@ -222,7 +257,10 @@ class DiskBudget:
         excess_bytes -= sum(entry.size_bytes for entry in checkpoints)
         if excess_bytes <= 0:
             return checkpoints
-        keep = self._index.ancestors(parent).union((entry.namespace, entry.block_hash) for entry in checkpoints)
+        keep = {(entry.namespace, entry.block_hash) for entry in checkpoints}
+        for block_hash in set(needed):
+            if block_hash is not None:
+                keep |= self._index.ancestors(self._index.get(namespace, block_hash))
         others = self._index.least_recently_used(excess_bytes, keep)
         return None if others is None else [*checkpoints, *others]
 

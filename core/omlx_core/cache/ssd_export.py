@@ -173,8 +173,11 @@ def import_blocks(
             pass
         written = bytes_written = present = 0
         for identity, payload in _read_blocks(file, parts, namespace, extra_keys):
-            block = NewBlock(identity.block_hash, identity.parent_hash, identity.token_ids, payload, identity.part)
-            result = publisher.save(block)
+            token_ids = np.frombuffer(identity.token_ids, "<u4").tolist()
+            block = NewBlock(identity.block_hash, identity.parent_hash, token_ids, payload, identity.part)
+            [result] = publisher.save([block])
+            if result.error is not None:
+                raise result.error
             if not result.outcome.is_on_disk:
                 return ImportReport(len(parts), written, bytes_written, present, result.outcome)
             if result.outcome is SaveOutcome.WRITTEN:

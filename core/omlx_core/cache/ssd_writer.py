@@ -1,31 +1,36 @@
 """The writing half of the cold tier: a queue bounded in bytes, and the one thread that empties it.
 
-The thread does everything in the order of the calls, so no child is published before its parent. An error ends in a
-block that isn't written, with a counter, and the first of its kind with a warning.
+The thread does everything in the order of the calls, so no child is published before its parent; blocks that have
+gathered while it was at work it writes together. An error ends in a block that isn't written, with a counter, and the
+first of its kind with a warning.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from omlx_core.cache.block_file import encode_token_ids
 from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.parts import CHECKPOINT, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import DiskLimits, SaveOutcome
-from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, NewBlock
+from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, NewBlock, SaveResult
 from omlx_core.cache.ssd_stats import StatsKeeper
 from omlx_core.sizes import format_size
 
 logger = logging.getLogger(__name__)
 
 _GIVE_UP_S = 1.0
+_WRITE_FAILED = "blocks can't be written to the SSD cache: %r"
+
+# Written together: enough that their waits for the disk are shared, few enough that the first is soon durable.
+_MAX_BATCH_BLOCKS = 32
+_MAX_BATCH_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +72,14 @@ class BlockWriter:
         self._stats = stats
         self._max_queued_bytes = max_queued_bytes
         self._lock = threading.Lock()  # of the fields below; never held during I/O
+        self._has_tasks = threading.Condition(self._lock)
         self.queued: dict[BlockHash, SaveRequest] = {}
         self.unreadable: dict[BlockHash, FileVersion | None] = {}
         self._is_closed = False
         self._is_giving_up = threading.Event()
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._enqueue("cleaning up", publisher.clean_up)
+        self._tasks: deque[SaveRequest | Callable[[], None]] = deque()
+        with self._lock:
+            self._enqueue("cleaning up", publisher.clean_up)
         # A daemon, so that a hanging disk can't keep the interpreter from ending; close() runs before that.
         self._thread = threading.Thread(target=self._run, name="omlx-ssd-writer", daemon=True)
         self._thread.start()
@@ -90,7 +97,7 @@ class BlockWriter:
                 return False
             self.queued[request.block_hash] = request
             self._stats.count(queued_blocks=1, queued_bytes=request.size_bytes)
-            self._tasks.put(partial(self._complete, request))
+            self._add(request)
         return True
 
     def touch(self, block_hashes: tuple[BlockHash, ...]) -> None:
@@ -130,7 +137,7 @@ class BlockWriter:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._tasks.put(None)
+            self._has_tasks.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._is_giving_up.set()
@@ -140,54 +147,93 @@ class BlockWriter:
 
     def _enqueue(self, what: str, action: Callable[[], None]) -> None:
         if not self._is_closed:
-            self._tasks.put(partial(self._report_errors, what, action))
+            self._add(partial(self._report_errors, what, action))
+
+    def _add(self, task: SaveRequest | Callable[[], None]) -> None:
+        self._tasks.append(task)
+        self._has_tasks.notify()
 
     # What follows runs on the writer's thread.
 
     def _run(self) -> None:
         try:
-            while (task := self._tasks.get()) is not None:
-                task()
-                del task  # or the last payload would stay in memory until the next one comes
+            while (task := self._next()) is not None:
+                if isinstance(task, list):
+                    self._complete(task)
+                else:
+                    task()
+                del task  # or the last payloads would stay in memory until the next one comes
         finally:
             self._publisher.close()
 
-    def _complete(self, request: SaveRequest) -> None:
-        is_on_disk = False
+    def _next(self) -> list[SaveRequest] | Callable[[], None] | None:
+        """Wait for what comes next: an action, or blocks that are to be written together; None after the last."""
+        with self._has_tasks:
+            self._has_tasks.wait_for(lambda: self._tasks or self._is_closed)
+            if not self._tasks:
+                return None
+            first = self._tasks.popleft()
+            if not isinstance(first, SaveRequest):
+                return first
+            batch, size_bytes = {first.block_hash: first}, first.size_bytes
+            while self._tasks and len(batch) < _MAX_BATCH_BLOCKS:
+                task = self._tasks[0]
+                if not isinstance(task, SaveRequest) or task.block_hash in batch:
+                    break
+                size_bytes += task.size_bytes
+                if size_bytes > _MAX_BATCH_BYTES:
+                    break
+                batch[task.block_hash] = task
+                self._tasks.popleft()
+            return list(batch.values())
+
+    def _complete(self, requests: Sequence[SaveRequest]) -> None:
+        results = [SaveResult(SaveOutcome.FAILED)] * len(requests)
         try:
             if not self._is_giving_up.is_set():
-                is_on_disk = self._save(request)
-        except Exception as exc:  # whatever it is, the caller must hear of its block and the thread go on
-            self._stats.count(write_errors=1)
-            self._stats.warn("write", "blocks can't be written to the SSD cache: %r", exc)
+                results = self._save(requests)
+        except Exception as exc:  # whatever it is, the callers must hear of their blocks and the thread go on
+            self._stats.count(write_errors=len(requests))
+            self._stats.warn("write", _WRITE_FAILED, exc)
         finally:
             with self._lock:
-                self._stats.count(queued_blocks=-1, queued_bytes=-request.size_bytes)
-                if self.queued.get(request.block_hash) is request:
-                    del self.queued[request.block_hash]
-        if request.on_complete is None:
-            return
-        try:
-            request.on_complete(request.block_hash, is_on_disk)
-        except Exception:
-            logger.exception("on_complete failed for block %s", request.block_hash.hex())
+                self._stats.count(
+                    queued_blocks=-len(requests), queued_bytes=-sum(request.size_bytes for request in requests)
+                )
+                for request in requests:
+                    if self.queued.get(request.block_hash) is request:
+                        del self.queued[request.block_hash]
+        for request, result in zip(requests, results, strict=True):
+            if request.on_complete is not None:
+                try:
+                    request.on_complete(request.block_hash, result.outcome.is_on_disk)
+                except Exception:
+                    logger.exception("on_complete failed for block %s", request.block_hash.hex())
 
-    def _save(self, request: SaveRequest) -> bool:
-        block = NewBlock(
-            request.block_hash,
-            request.parent_hash,
-            encode_token_ids(request.token_ids),
-            request.payload,
-            request.part,
-            replaces_file=request.block_hash in self.unreadable,
+    def _save(self, requests: Sequence[SaveRequest]) -> list[SaveResult]:
+        results = self._publisher.save(
+            [
+                NewBlock(
+                    request.block_hash,
+                    request.parent_hash,
+                    request.token_ids,
+                    request.payload,
+                    request.part,
+                    replaces_file=request.block_hash in self.unreadable,
+                )
+                for request in requests
+            ]
         )
-        result = self._publisher.save(block)
-        if result.outcome is SaveOutcome.WRITTEN:
-            self.unreadable.pop(request.block_hash, None)
-            self._stats.count_written(1, result.size_bytes)
-        elif not result.outcome.is_on_disk:
-            self._report_refusal(result.outcome, request.part, result.size_bytes)
-        return result.outcome.is_on_disk
+        for request, result in zip(requests, results, strict=True):
+            if result.outcome is SaveOutcome.WRITTEN:
+                self.unreadable.pop(request.block_hash, None)
+                self._stats.count_written(1, result.size_bytes)
+            elif result.error is not None:
+                self._stats.count(write_errors=1)
+                self._stats.warn("write", _WRITE_FAILED, result.error)
+            elif not result.outcome.is_on_disk:
+                self._report_refusal(result.outcome, request.part, result.size_bytes)
+        return results
 
     def _report_refusal(self, outcome: SaveOutcome, part: Part, size_bytes: int) -> None:
         limits = self._limits
