@@ -64,6 +64,26 @@ class RowHandler(Protocol):
 
 
 @runtime_checkable
+class AdoptingHandler(RowHandler, Protocol):
+    """A `RowHandler` whose leaf holds just the rows of all tokens, in arrays ``[1, heads, capacity, size]`` of which the
+    first `num_tokens` rows count. Blocks can then be put straight to their place in those arrays."""
+
+    def capacity(self, num_tokens: int) -> int:
+        """The rows to have memory for where there is to be room for `num_tokens`."""
+        ...
+
+    def adopt(self, leaf: Any, arrays: Arrays, num_tokens: int) -> Any:
+        """A fresh leaf of arrays that hold the rows of `num_tokens` tokens, and zeros behind them.
+
+        Args:
+            leaf: a leaf of the same layer, for its settings.
+            arrays: the arrays, which are the leaf's own from now on.
+            num_tokens: tokens that it has seen.
+        """
+        ...
+
+
+@runtime_checkable
 class CheckpointHandler(Protocol):
     """A family that keeps one state, whatever its size, for all tokens so far: recurrent layers.
 
