@@ -16,7 +16,6 @@ from mlx_lm.generate import generation_stream
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import CHECKPOINT, PartKey
 from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.engine.request import Request

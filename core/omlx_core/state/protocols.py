@@ -65,8 +65,10 @@ class RowHandler(Protocol):
 
 @runtime_checkable
 class AdoptingHandler(RowHandler, Protocol):
-    """A `RowHandler` whose leaf holds just the rows of all tokens, in arrays ``[1, heads, capacity, size]`` of which the
-    first `num_tokens` rows count. Blocks can then be put straight to their place in those arrays."""
+    """A `RowHandler` whose leaf holds the rows of all tokens and nothing else, one after the other.
+
+    Blocks can then be put straight to their places in its arrays, which are ``[1, heads, capacity, size]``.
+    """
 
     def capacity(self, num_tokens: int) -> int:
         """The rows to have memory for where there is to be room for `num_tokens`."""
