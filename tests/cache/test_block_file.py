@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from omlx_core.cache import block_file as block_file_module
 from omlx_core.cache.block_file import (
     BlockIdentity,
     encode_block,
@@ -21,7 +22,6 @@ from omlx_core.cache.block_file import (
     read_block_layout,
     write_block_file,
 )
-from omlx_core.cache import block_file as block_file_module
 from omlx_core.cache.parts import PARTS, ROWS
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockFileError, CorruptBlockError
