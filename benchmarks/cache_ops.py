@@ -143,7 +143,8 @@ def store(cache: TieredCache, tokens: Sequence[int], capture: CaptureBlock) -> N
 
 def restore(cache: TieredCache, codec: PromptStateCodec, tokens: Sequence[int], num_prompt_tokens: int) -> PromptCache:
     """What an engine does for a prompt of `tokens` and more."""
-    pending = cache.match(tokens, max_tokens=len(tokens))
+    allocate = partial(codec.allocate, capacity=num_prompt_tokens)
+    pending = cache.match(tokens, max_tokens=len(tokens), allocate=allocate)
     content = cache.finish_restore(pending, num_prompt_tokens)
     if content is None or pending.table.num_tokens != len(tokens):
         raise RuntimeError(f"{pending.table.num_tokens} of {len(tokens)} tokens were found")

@@ -36,6 +36,15 @@ def backend_name() -> BackendName:
     return "cpu+openblas" if _openblas is not None else "cpu"
 
 
+def can_write_to_arrays() -> bool:
+    """Whether filling arrays by writing to their memory is the fastest way to fill them.
+
+    It is where the CPU computes, and where the GPU shares its memory. On CUDA, where it is possible too, to copy pieces
+    and have the GPU join them was measured to be faster.
+    """
+    return backend_name() != "cuda"
+
+
 def _installed_files(distribution: str) -> list[Path] | None:
     """The files of an installed distribution; None if it isn't installed."""
     try:

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from omlx_core.cache import block_file as block_file_module
 from omlx_core.cache.block_file import (
     BlockIdentity,
     encode_block,
     encode_token_ids,
     read_block,
     read_block_identity,
+    read_block_into,
+    read_block_layout,
     write_block_file,
 )
 from omlx_core.cache.parts import PARTS, ROWS
@@ -280,3 +283,111 @@ def test_a_tensor_that_does_not_fill_its_shape_is_refused(name: str, bad: BlockT
 def test_a_token_id_beyond_32_bits_is_refused() -> None:
     with pytest.raises(OverflowError):
         encode_token_ids([2**32])
+
+
+# Straight to where it belongs.
+
+PIECES = st.lists(st.integers(0, 400), min_size=1, max_size=40)
+
+
+def scattered(path: Path, piece_bytes: list[int]) -> tuple[BlockIdentity, bytes]:
+    """What a file's data is, read into pieces of memory of these sizes, and of whatever is missing to the whole."""
+    pieces: list[memoryview] = []
+
+    def place(layout):
+        sizes = [*piece_bytes, sum(spec.size_bytes for spec in layout.values()) - sum(piece_bytes)]
+        pieces.extend(memoryview(bytearray(size)) for size in sizes)
+        return pieces
+
+    with open(path, "rb", buffering=0) as file:
+        identity, size_bytes = read_block_into(file, place)
+    assert size_bytes == sum(map(len, pieces))
+    return identity, b"".join(pieces)
+
+
+@pytest.fixture
+def large_file(tmp_path: Path) -> Path:
+    path = tmp_path / "large.safetensors"
+    payload = BlockPayload({f"{number}.keys": tensor("F16", (4, 8, 256), number) for number in range(3)})
+    write_block_file(path, encode_block(IDENTITY, payload))
+    return path
+
+
+@settings(max_examples=30, deadline=None)
+@given(piece_bytes=PIECES, most_bytes=st.integers(1, 5000), batch_bytes=st.integers(1, 5000), batch=st.integers(1, 7))
+def test_any_pieces_of_memory_are_filled_however_little_is_read_at_once(
+    tmp_path_factory: pytest.TempPathFactory, piece_bytes, most_bytes, batch_bytes, batch
+) -> None:
+    path = tmp_path_factory.mktemp("block") / "block.safetensors"
+    payload = BlockPayload({"keys": tensor("F16", (4, 8, 256), 1), "scale": tensor("F32", (4,), 2)})
+    write_block_file(path, encode_block(IDENTITY, payload))
+    num_pieces: list[int] = []
+
+    def read_little(fd, buffers):
+        num_pieces.append(len(buffers))
+        little = [buffer[:most_bytes] for buffer in buffers[:1]]
+        return readv(fd, little)
+
+    readv = os.readv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "readv", read_little)
+        patch.setattr(block_file_module, "_BYTES_PER_READ", batch_bytes)
+        patch.setattr(block_file_module, "_MAX_BUFFERS", batch)
+        identity, data = scattered(path, piece_bytes)
+    assert (identity, data) == (IDENTITY, bytes(payload.tensors["scale"].data) + bytes(payload.tensors["keys"].data))
+    assert max(num_pieces) <= batch
+
+
+def test_more_pieces_than_one_call_takes_are_filled(large_file: Path) -> None:
+    _, data = scattered(large_file, [7] * 5000)
+    assert data == large_file.read_bytes()[-len(data) :]
+
+
+@pytest.mark.parametrize("damage", ["flipped first", "flipped last", "short", "torn", "long", "empty"])
+def test_damage_is_found_after_a_read_to_its_place_too(large_file: Path, damage: str) -> None:
+    content = bytearray(large_file.read_bytes())
+    data_at = 8 + int.from_bytes(content[:8], "little")
+    if damage.startswith("flipped"):
+        content[data_at if damage == "flipped first" else -1] ^= 1
+    elif damage == "torn":
+        content[-1000:] = bytes(1000)
+    else:
+        content = {"short": content[:-1], "long": content + b"x", "empty": content[:0]}[damage]
+    large_file.write_bytes(content)
+    with pytest.raises(CorruptBlockError):
+        scattered(large_file, [100] * 10)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_damaged(large_file: Path) -> None:
+    def place(layout):
+        os.truncate(large_file, large_file.stat().st_size - 10)
+        return [memoryview(bytearray(sum(spec.size_bytes for spec in layout.values())))]
+
+    with open(large_file, "rb", buffering=0) as file, pytest.raises(CorruptBlockError, match="ends 10 bytes early"):
+        read_block_into(file, place)
+
+
+def test_memory_of_another_size_is_refused_before_anything_is_read(large_file: Path) -> None:
+    memory = bytearray(100)
+    with open(large_file, "rb", buffering=0) as file, pytest.raises(BlockFileError, match="another size"):
+        read_block_into(file, lambda _: [memoryview(memory)])
+    assert memory == bytes(100)
+
+
+def test_a_block_without_a_place_is_read_as_a_payload(large_file: Path) -> None:
+    with open(large_file, "rb", buffering=0) as file:
+        assert read_block_into(file, lambda _: None) == read(large_file)
+
+
+def test_a_header_is_verified_though_its_layout_is_known(large_file: Path) -> None:
+    read(large_file)
+    with open(large_file, "rb", buffering=0) as file:
+        layout = read_block_layout(file)
+    assert [(name, spec.dtype, spec.shape) for name, spec in layout.items()] == [
+        (f"{number}.keys", "F16", (4, 8, 256)) for number in range(3)
+    ]
+    content = bytearray(large_file.read_bytes())
+    content[content.index(b'"depth":"7"') + 9 : content.index(b'"depth":"7"') + 10] = b"8"
+    large_file.write_bytes(content)
+    with pytest.raises(CorruptBlockError, match="checksum"):
+        read(large_file)

@@ -540,10 +540,10 @@ def test_a_block_that_was_replaced_meanwhile_is_not_dropped(
 
 
 def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(file: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "injected")
 
-    monkeypatch.setattr(ssd_cache, "read_block", fail)
+    monkeypatch.setattr(ssd_cache, "read_block_into", fail)
 
 
 def test_a_transient_read_error_deletes_nothing_and_is_repaired_by_the_next_save(
@@ -869,7 +869,7 @@ def test_opening_reads_no_block_file(open_cache, save, monkeypatch) -> None:
         raise AssertionError("read")
 
     monkeypatch.setattr("omlx_core.cache.ssd_layout.read_block_identity", fail)
-    monkeypatch.setattr(ssd_cache, "read_block", fail)
+    monkeypatch.setattr(ssd_cache, "read_block_into", fail)
     cache = open_cache()
     assert cache.flush(WAIT_S)
     assert cache.stats().num_blocks == 1

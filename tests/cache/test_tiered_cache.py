@@ -14,7 +14,7 @@ from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
-from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor, InPlace, LoadedRows, RowBuffers
 from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.cache.ssd_layout import block_path
@@ -77,6 +77,21 @@ class FakeColdTier:
             return None
         stored_ids, payload = self.blocks[block_hash]
         return payload if stored_ids == tuple(token_ids) else None
+
+    def load_rows(
+        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: RowBuffers, position: int
+    ) -> LoadedRows | None:
+        payload = self.load_block(block_hash, token_ids)
+        segments = None if payload is None else buffers.segments(position, payload.layout)
+        if payload is None or segments is None:
+            return payload
+        data = b"".join(tensor.data for tensor in payload.tensors.values())
+        for segment in segments:
+            segment[:], data = data[: len(segment)], data[len(segment) :]
+        return InPlace.IN_PLACE
+
+    def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
+        return self.blocks[block_hash][1].layout
 
     def write_one(self) -> None:
         self.queued.pop(0)()
@@ -719,6 +734,172 @@ def test_a_damaged_file_is_computed_and_stored_anew(
         assert cache.stats().lost_blocks == 2
         assert "will be computed again" in caplog.text
     assert serve(open_cache(), [1, 2, 3, 4, 5, 6, 7]) == 6
+
+
+# Rows that are read to their place.
+
+
+class Places:
+    """Memory for blocks of these tests, one after the other; counts what is written by being asked for it."""
+
+    def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.memory = bytearray(num_blocks * BLOCK_BYTES)
+        self.asked: list[int] = []
+
+    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
+        if layout != self.layout:
+            return None
+        self.asked.append(position)
+        start = position * BLOCK_BYTES
+        return [memoryview(self.memory)[start : start + 5], memoryview(self.memory)[start + 5 : start + BLOCK_BYTES]]
+
+
+def read_to_places(
+    cache: TieredCache, prompt: Sequence[int], earlier: PendingRestore | None = None
+) -> tuple[PendingRestore, Places]:
+    pending = cache.match(prompt, allocate=lambda layout: Places(layout, len(prompt) // BLOCK_SIZE), earlier=earlier)
+    assert isinstance(pending.buffers, Places)
+    return pending, pending.buffers
+
+
+def damage(directory: Path, block_hash: BlockHash, how: str) -> None:
+    [path] = directory.rglob(f"{block_hash.hex()}.safetensors")
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[-1] ^= 1
+    elif how == "short":
+        del content[-3:]
+    else:
+        content[-10:] = bytes(10)
+    path.write_bytes(content)
+
+
+def test_cold_rows_go_to_their_place_and_to_ram_afterwards(open_cache: Callable[..., TieredCache]) -> None:
+    prompt = list(range(100, 121))
+    with closing(open_cache()) as cache:
+        serve(cache, prompt)
+    cache = open_cache()
+    pending, places = read_to_places(cache, prompt)
+    content = finish(cache, pending, len(prompt))
+    assert content.rows == [InPlace.IN_PLACE] * 10
+    assert bytes(places.memory) == b"".join(content_of(prompt[:stop]) for stop in range(2, 21, 2))
+    cache.promote(pending.table, content)
+    cache.release(pending.table)
+    assert cache.flush(WAIT_S)
+    stats = cache.stats().hot
+    assert (stats.promotions, stats.hot_blocks, stats.blocks_in_use) == (10, 10, 0)
+    assert cache.match(prompt).num_hot_blocks == 10
+
+
+def test_no_more_is_brought_to_ram_than_there_is_room_for(open_cache: Callable[..., TieredCache]) -> None:
+    prompt = list(range(100, 121))
+    with closing(open_cache()) as cache:
+        serve(cache, prompt)
+    cache = open_cache(hot_blocks=3)
+    pending, _ = read_to_places(cache, prompt)
+    cache.promote(pending.table, finish(cache, pending, len(prompt)))
+    assert cache.flush(WAIT_S)
+    assert [block.payload is not None for block in pending.table.blocks] == [True] * 3 + [False] * 7
+    assert cache.stats().cold is not None
+    assert cache.stats().cold.blocks_read == 13  # nothing is read that is not kept
+    cache.release(pending.table)
+
+
+@pytest.mark.parametrize("how", ["flipped", "short", "torn"])
+def test_a_damaged_block_ends_the_chain_of_rows_read_to_their_place(
+    open_cache: Callable[..., TieredCache], tmp_path: Path, how: str
+) -> None:
+    prompt = list(range(100, 111))
+    with closing(open_cache()) as cache:
+        serve(cache, prompt)
+    damage(tmp_path, hashes_of(prompt)[2], how)
+    cache = open_cache()
+    pending, places = read_to_places(cache, prompt)
+    content = finish(cache, pending, len(prompt))
+    assert content.rows == [InPlace.IN_PLACE] * 2
+    assert pending.table.num_tokens == 4
+    assert bytes(places.memory[: 2 * BLOCK_BYTES]) == content_of(prompt[:2]) + content_of(prompt[:4])
+    assert cache.stats().lost_blocks == 3
+    cache.release(pending.table)
+    assert serve(cache, prompt) == 4
+
+
+def test_rows_are_not_used_while_blocks_behind_a_lost_one_are_still_read() -> None:
+    cold = FakeColdTier()
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    first, second = hashes_of([1, 2, 3, 4])
+    cold.unreadable.add(first)
+    cold.gates[second] = threading.Event()
+    cache = restart(cold)
+    pending, places = read_to_places(cache, [1, 2, 3, 4, 5])
+    is_used = threading.Event()
+
+    def use() -> None:
+        pending.content()
+        is_used.set()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert not is_used.wait(0.05)
+    cold.gates[second].set()
+    thread.join(WAIT_S)
+    assert is_used.is_set()
+    assert places.asked == [1]
+
+
+def test_a_later_match_goes_on_with_what_an_earlier_one_reads() -> None:
+    cold = FakeColdTier()
+    serve(make_cache(cold), [1, 2, 3, 4, 5])
+    gated = hashes_of([1, 2, 3, 4])[1]
+    cold.gates[gated], cold.reading[gated] = threading.Event(), threading.Event()
+    cache = restart(cold)
+    earlier, places = read_to_places(cache, [1, 2, 3, 4, 5, 6, 7])
+    assert cold.reading[gated].wait(WAIT_S)
+    cold.blocks[hashes_of([1, 2, 3, 4, 5, 6])[2]] = (5, 6), payload_of([1, 2, 3, 4, 5, 6])
+    pending, same_places = read_to_places(cache, [1, 2, 3, 4, 5, 6, 7], earlier)
+    cache.release(earlier.table)
+    cold.gates[gated].set()
+    assert same_places is places
+    assert finish(cache, pending, 7).rows == [InPlace.IN_PLACE] * 3
+    assert sorted(places.asked) == [0, 1, 2]
+    assert pending.num_hot_blocks == 0
+    cache.release(pending.table)
+
+
+def test_a_later_match_reads_anew_what_an_earlier_one_has_lost(
+    open_cache: Callable[..., TieredCache], tmp_path: Path
+) -> None:
+    with closing(open_cache()) as cache:
+        serve(cache, [1, 2, 3, 4, 5])
+    damage(tmp_path, hashes_of([1, 2, 3, 4])[1], "flipped")
+    cache = open_cache()
+    earlier, places = read_to_places(cache, [1, 2, 3, 4, 5])
+    earlier.content()
+    pending, other_places = read_to_places(cache, [1, 2, 3, 4, 5], earlier)
+    cache.release(earlier.table)
+    assert other_places is not places
+    assert finish(cache, pending, 5).rows == [InPlace.IN_PLACE]
+    cache.release(pending.table)
+
+
+def test_what_has_not_begun_to_be_read_is_not_read_once_it_is_cancelled() -> None:
+    cold = FakeColdTier()
+    prompt = list(range(1, 22))
+    serve(make_cache(cold), prompt)
+    hashes = hashes_of(prompt)
+    for block_hash in hashes:
+        cold.gates[block_hash], cold.reading[block_hash] = threading.Event(), threading.Event()
+    cache = restart(cold)
+    pending, places = read_to_places(cache, prompt)
+    assert all(cold.reading[block_hash].wait(WAIT_S) for block_hash in hashes[:4])
+    pending.cancel()
+    cache.release(pending.table)
+    for block_hash in hashes:
+        cold.gates[block_hash].set()
+    cache.close()
+    assert sorted(places.asked) == [0, 1, 2, 3]
+    cache.check()
 
 
 def test_pending_reads_are_given_in_the_order_of_the_prefix(open_cache: Callable[..., TieredCache]) -> None:

@@ -58,6 +58,7 @@ def test_reopened_cold_tier_equals_the_cold_run(model, tmp_path: Path):
         assert engine.cache.flush(timeout_s=60)
     with Engine(model, cache=settings) as engine:
         from_ssd = engine.generate(prompt, max_tokens=20, logprobs=True)
+        assert engine.cache.flush(timeout_s=60)
         from_ram = engine.generate(prompt, max_tokens=20, logprobs=True)
         assert engine.cache.stats().hot.promotions >= 192 // BLOCK_SIZE
     assert (from_ssd.usage.cached_tokens_cold, from_ssd.usage.cached_tokens_hot) == (192, 0)

@@ -34,6 +34,7 @@ def engine(model):
 def assert_nothing_is_held(engine):
     for _ in range(2):  # the step between the two lets go of what was cancelled
         engine._scheduler.thread.call(lambda: None)
+    assert engine.cache.flush(30)  # what is being brought to RAM is held until it is there
     engine.cache.check()
     assert engine.num_active_requests == engine._scheduler.occupancy.num_waiting == 0
     assert engine.cache.stats().hot.blocks_in_use == 0
@@ -49,14 +50,14 @@ class HeldReads:
 
     def __init__(self, engine, monkeypatch):
         self.begun, self.let_go = threading.Event(), threading.Event()
-        load_block = engine.cache.ssd.load_block
+        load_rows = engine.cache.ssd.load_rows
 
         def held(*args):
             self.begun.set()
             assert self.let_go.wait(30)
-            return load_block(*args)
+            return load_rows(*args)
 
-        monkeypatch.setattr(engine.cache.ssd, "load_block", held)
+        monkeypatch.setattr(engine.cache.ssd, "load_rows", held)
 
 
 @pytest.fixture

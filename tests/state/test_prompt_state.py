@@ -110,7 +110,7 @@ def test_capture_beyond_what_was_computed_is_refused():
 def test_restore_that_is_shorter_than_its_table_is_refused():
     layers = [filled_layer(32)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
-    with pytest.raises(CacheInvariantError, match="layer 0 lacks block 2 of tokens 0 to 48"):
+    with pytest.raises(CacheInvariantError, match="2 blocks of 16 tokens, where their table has 48"):
         codec.restore(PrefixContent(capture(codec, layers, 2), {}), num_tokens=48, capacity=48)
 
 

@@ -29,7 +29,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ import xxhash
 
 from omlx_core.cache.block_hash import HASH_SIZE_BYTES, BlockHash, NamespaceHash
 from omlx_core.cache.parts import PARTS, ROWS, Part
-from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor, TensorSpec
 from omlx_core.errors import BlockFileError, CorruptBlockError
 
 FORMAT_NAME = "omlx-kv-block"
@@ -49,7 +49,10 @@ BLOCK_SUFFIX = ".safetensors"
 _MAX_HEADER_BYTES = 16 * 1024**2
 _MAX_BUFFERS = 1024  # in one call; IOV_MAX of Linux and macOS
 _CHECKSUM_DIGITS = 32
-_HEADER_START = b'{"__metadata__":{"checksum":"'
+_METADATA_KEY = b'{"__metadata__":'
+_HEADER_START = _METADATA_KEY + b'{"checksum":"'
+_BYTES_PER_READ = 1024**2
+_MAX_KNOWN_LAYOUTS = 64
 _ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -93,19 +96,10 @@ class EncodedBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class _TensorEntry:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Header:
     raw: bytes
     identity: BlockIdentity
-    tensors: tuple[_TensorEntry, ...]
+    layout: BlockLayout  # in the order of the data
     data_size_bytes: int
 
 
@@ -218,6 +212,11 @@ def read_block_identity(file: io.FileIO) -> BlockIdentity:
     return _read_header(file, None).identity
 
 
+def read_block_layout(file: io.FileIO) -> BlockLayout:
+    """Read what a block file says its tensors are, in the order of its data; raises as `read_block_identity` does."""
+    return _read_header(file, None).layout
+
+
 def read_block(file: io.FileIO, size_bytes: int | None = None) -> tuple[BlockIdentity, BlockPayload]:
     """Read a block file and verify every byte of it.
 
@@ -235,14 +234,43 @@ def read_block(file: io.FileIO, size_bytes: int | None = None) -> tuple[BlockIde
         OSError: the file could not be read.
     """
     header = _read_header(file, size_bytes)
-    # Not a bytearray: that would fill the memory with zeros first.
-    buffer = np.empty(header.data_size_bytes, dtype=np.uint8).data
-    _read_into(file, buffer)
-    _verify_checksum(header.raw, [buffer])
-    data = buffer.toreadonly()
-    return header.identity, BlockPayload(
-        {entry.name: BlockTensor(entry.dtype, entry.shape, data[entry.start : entry.end]) for entry in header.tensors}
-    )
+    return header.identity, _read_payload(file, header)
+
+
+def read_block_into(
+    file: io.FileIO, place: Callable[[BlockLayout], Sequence[memoryview] | None]
+) -> tuple[BlockIdentity, BlockPayload | int]:
+    """Read a block file straight to where its elements belong, and verify every byte of it.
+
+    Args:
+        file: the file, open for reading at its start.
+        place: gives, for the file's tensors in the order of its data, the writable pieces of memory that they fill
+            one after the other; None to have a payload after all.
+
+    Returns:
+        The block's identity, for the caller to compare with what it asked for, and the bytes put in place or the
+        payload.
+
+    Raises:
+        CorruptBlockError: the content is not what was written; the memory may hold some of it.
+        BlockFileError: it's some other safetensors file, or of a version that this one doesn't know, or the pieces
+            of memory are not as large as the data.
+        OSError: the file could not be read; the memory may hold some of it.
+    """
+    header = _read_header(file, None)
+    pieces = place(header.layout)
+    if pieces is None:
+        return header.identity, _read_payload(file, header)
+    if sum(len(piece) for piece in pieces) != header.data_size_bytes:
+        raise BlockFileError(f"memory of another size than the {header.data_size_bytes} bytes of a block")
+    digest = _start_digest(header.raw)
+    for batch in _batches(pieces):
+        _scatter_into(file, batch)
+        # While they are in the CPU's cache.
+        for piece in batch:
+            digest.update(piece)
+    _compare_digest(header.raw, digest)
+    return header.identity, header.data_size_bytes
 
 
 def sync_file(fd: int) -> None:
@@ -265,13 +293,67 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _checksum(header: bytes, data: Sequence[memoryview]) -> bytes:
+def _start_digest(header: bytes) -> xxhash.xxh3_128:
     digest = xxhash.xxh3_128(len(header).to_bytes(8, "little"))
     digest.update(header[: len(_HEADER_START)])
     digest.update(header[len(_HEADER_START) + _CHECKSUM_DIGITS :])
+    return digest
+
+
+def _checksum(header: bytes, data: Sequence[memoryview]) -> bytes:
+    digest = _start_digest(header)
     for view in data:
         digest.update(view)
     return str(digest.hexdigest()).encode()
+
+
+def _compare_digest(header: bytes, digest: xxhash.xxh3_128) -> None:
+    expected = header[len(_HEADER_START) : len(_HEADER_START) + _CHECKSUM_DIGITS]
+    if digest.hexdigest().encode() != expected:
+        raise CorruptBlockError("the checksum doesn't match")
+
+
+def _read_payload(file: io.FileIO, header: _Header) -> BlockPayload:
+    # Not a bytearray: that would fill the memory with zeros first.
+    buffer = np.empty(header.data_size_bytes, dtype=np.uint8).data
+    _read_into(file, buffer)
+    digest = _start_digest(header.raw)
+    digest.update(buffer)
+    _compare_digest(header.raw, digest)
+    data, tensors, end = buffer.toreadonly(), {}, 0
+    for name, spec in header.layout.items():
+        start, end = end, end + spec.size_bytes
+        tensors[name] = BlockTensor(spec.dtype, spec.shape, data[start:end])
+    return BlockPayload(tensors)
+
+
+def _batches(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Pieces for one call each: no more than the system takes, nor than stays in the CPU's cache."""
+    batch: list[memoryview] = []
+    size_bytes = 0
+    for piece in pieces:
+        if batch and (len(batch) == _MAX_BUFFERS or size_bytes + len(piece) > _BYTES_PER_READ):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(piece)
+        size_bytes += len(piece)
+    if batch:
+        yield batch
+
+
+def _scatter_into(file: io.FileIO, pieces: Sequence[memoryview]) -> None:
+    left = [piece for piece in pieces if len(piece)]
+    while left:
+        count = os.readv(file.fileno(), left)
+        if not count:
+            raise CorruptBlockError(f"the file ends {sum(map(len, left))} bytes early")
+        num_filled = 0
+        while num_filled < len(left) and count >= len(left[num_filled]):
+            count -= len(left[num_filled])
+            num_filled += 1
+        del left[:num_filled]
+        if count:
+            left[0] = left[0][count:]
 
 
 def _read_into(file: io.FileIO, buffer: memoryview) -> None:
@@ -282,12 +364,6 @@ def _read_into(file: io.FileIO, buffer: memoryview) -> None:
         if not count:
             raise CorruptBlockError(f"the file ends {len(buffer) - done} bytes early")
         done += count
-
-
-def _verify_checksum(header: bytes, data: Sequence[memoryview]) -> None:
-    expected = header[len(_HEADER_START) : len(_HEADER_START) + _CHECKSUM_DIGITS]
-    if _checksum(header, data) != expected:
-        raise CorruptBlockError("the checksum doesn't match")
 
 
 def read_sealed_header(file: io.FileIO, format_name: str, format_version: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,15 +377,13 @@ def read_sealed_header(file: io.FileIO, format_name: str, format_version: int) -
         BlockFileError: the file is of another format or version.
         OSError: the file could not be read.
     """
-    raw, metadata, tensors = _read_json(file, os.fstat(file.fileno()).st_size, format_name, format_version)
-    _verify_checksum(raw, [])
+    raw = _read_raw_header(file, os.fstat(file.fileno()).st_size)
+    metadata, tensors = _parse_json(raw, format_name, format_version)
+    _compare_digest(raw, _start_digest(raw))
     return metadata, tensors
 
 
-def _read_json(
-    file: io.FileIO, size_bytes: int, format_name: str, format_version: int
-) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
-    """A header of a known format, as bytes and as metadata and tensors; its checksum isn't verified."""
+def _read_raw_header(file: io.FileIO, size_bytes: int) -> bytes:
     if size_bytes < 8:
         raise CorruptBlockError(f"{size_bytes} bytes are too few for a header")
     prefix = bytearray(8)
@@ -320,6 +394,11 @@ def _read_json(
         raise CorruptBlockError(f"a header of {length} bytes in a file of {size_bytes} bytes")
     raw = bytearray(length)
     _read_into(file, memoryview(raw))
+    return bytes(raw)
+
+
+def _parse_json(raw: bytes, format_name: str, format_version: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A header of a known format as metadata and tensors; its checksum isn't verified."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as exc:
@@ -331,26 +410,37 @@ def _read_json(
         raise BlockFileError(f"format version {metadata.get('format_version')!r}, this is {format_version}")
     if not raw.startswith(_HEADER_START):
         raise CorruptBlockError("the header doesn't start with the checksum")
-    return bytes(raw), metadata, header
+    return metadata, header
+
+
+# The blocks of a model differ in their metadata only. What follows that, as it is in the file, is looked up here: to
+# parse it again takes longer than to read a small block.
+_known_layouts: dict[bytes, tuple[BlockLayout, int]] = {}
 
 
 def _read_header(file: io.FileIO, size_bytes: int | None) -> _Header:
     if size_bytes is None:
         size_bytes = os.fstat(file.fileno()).st_size
-    raw, metadata, entries = _read_json(file, size_bytes, FORMAT_NAME, FORMAT_VERSION)
+    raw = _read_raw_header(file, size_bytes)
+    metadata_end = raw.find(b"}") + 1  # it is flat, and no string in it has a brace
+    known = _known_layouts.get(raw[metadata_end:]) if raw.startswith(_HEADER_START) else None
     try:
+        if known is None:
+            metadata, entries = _parse_json(raw, FORMAT_NAME, FORMAT_VERSION)
+            known = _parse_layout(entries)
+        else:
+            alone = raw[:metadata_end] + b"}"
+            metadata, _ = _parse_json(alone, FORMAT_NAME, FORMAT_VERSION)
         identity = _parse_identity(metadata)
-        tensors = tuple(_parse_tensor(name, entry) for name, entry in entries.items())
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise CorruptBlockError(f"the header is malformed: {exc!r}") from exc
-    end = 0
-    for entry in sorted(tensors, key=lambda entry: (entry.start, entry.end)):
-        if entry.start != end:
-            raise CorruptBlockError(f"tensor {entry.name!r} starts at {entry.start}, not at {end}")
-        end = entry.end
-    if 8 + len(raw) + end != size_bytes:
-        raise CorruptBlockError(f"{size_bytes} bytes, where the header says {8 + len(raw) + end}")
-    return _Header(raw, identity, tensors, end)
+    layout, data_size_bytes = known
+    if 8 + len(raw) + data_size_bytes != size_bytes:
+        raise CorruptBlockError(f"{size_bytes} bytes, where the header says {8 + len(raw) + data_size_bytes}")
+    if len(_known_layouts) >= _MAX_KNOWN_LAYOUTS:
+        _known_layouts.clear()
+    _known_layouts[raw[metadata_end:]] = known
+    return _Header(raw, identity, layout, data_size_bytes)
 
 
 def _parse_identity(metadata: dict[str, Any]) -> BlockIdentity:
@@ -384,13 +474,25 @@ def _parse_hash(text: str) -> bytes:
     return digest
 
 
-def _parse_tensor(name: str, entry: dict[str, Any]) -> _TensorEntry:
+def _parse_layout(entries: Mapping[str, dict[str, Any]]) -> tuple[BlockLayout, int]:
+    """The tensors in the order of the data, and its size in bytes."""
+    placed = [(*_parse_tensor(name, entry), name) for name, entry in entries.items()]
+    placed.sort(key=lambda item: item[:2])
+    end = 0
+    for start, stop, _, name in placed:
+        if start != end:
+            raise CorruptBlockError(f"tensor {name!r} starts at {start}, not at {end}")
+        end = stop
+    return {name: spec for _, _, spec, name in placed}, end
+
+
+def _parse_tensor(name: str, entry: dict[str, Any]) -> tuple[int, int, TensorSpec]:
     dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"tensor {name!r} of shape {shape} at {start}:{end}")
     if _tensor_bytes(dtype, shape) != end - start:
         raise ValueError(f"tensor {name!r} of {dtype} and shape {shape} in {end - start} bytes")
-    return _TensorEntry(name, dtype, shape, start, end)
+    return start, end, TensorSpec(dtype, shape, end - start)
 
 
 def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:

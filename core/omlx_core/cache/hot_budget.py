@@ -29,16 +29,23 @@ class HotBudget:
         self._max_checkpoint_bytes = None if max_bytes is None else int(max_bytes * checkpoint_share)
         self._events = events
 
+    def can_fit(self, size_bytes: int, part: Part) -> bool:
+        """Whether `size_bytes` more of that part would fit beside what is held."""
+        if self._max_bytes is None:
+            return True
+        if self._pool.held_bytes + size_bytes > self._max_bytes:
+            return False
+        limit_bytes = self._max_checkpoint_bytes if part == CHECKPOINT else None
+        return limit_bytes is None or self._pool.held_checkpoint_bytes + size_bytes <= limit_bytes
+
     def make_room(self, size_bytes: int, part: Part) -> bool:
         """Evict until `size_bytes` more of that part fit; False, and nothing is evicted, if they can't."""
         pool, max_bytes = self._pool, self._max_bytes
         if max_bytes is None:
             return True
+        if not self.can_fit(size_bytes, part):
+            return False
         max_checkpoint_bytes = self._max_checkpoint_bytes if part == CHECKPOINT else None
-        if pool.held_bytes + size_bytes > max_bytes:
-            return False
-        if max_checkpoint_bytes is not None and pool.held_checkpoint_bytes + size_bytes > max_checkpoint_bytes:
-            return False
         num_blocks, before_bytes = 0, pool.hot_bytes
         if max_checkpoint_bytes is not None:
             while pool.checkpoint_bytes + size_bytes > max_checkpoint_bytes and pool.evict_checkpoint():

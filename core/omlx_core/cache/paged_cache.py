@@ -252,6 +252,11 @@ class PagedCacheManager:
                 self._events.publish("store", "hot", num_blocks=1, size_bytes=payload.size_bytes)
             return True
 
+    def wants(self, block: CacheBlock, size_bytes: int) -> bool:
+        """Whether `promote` would keep a payload of that size now; to ask before reading it."""
+        with self._lock:
+            return block.payload is None and self._budget.can_fit(size_bytes, block.part)
+
     def promote(self, block: CacheBlock, payload: BlockPayload) -> None:
         """Keep in RAM what was read from the SSD tier, if there is room for it."""
         with self._lock:

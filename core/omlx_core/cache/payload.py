@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a block's tensor is, without its elements.
+
+    Attributes:
+        dtype: the safetensors name of the element type, such as ``"BF16"``.
+        shape: its shape.
+        size_bytes: size of the elements in bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+BlockLayout = Mapping[str, TensorSpec]
+"""The tensors of a block, by name."""
+
+
+def layout_size_bytes(layout: BlockLayout) -> int:
+    """Size of all elements of a block in bytes."""
+    return sum(spec.size_bytes for spec in layout.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +54,11 @@ class BlockTensor:
         """Size of the elements in bytes."""
         return self.data.nbytes
 
+    @property
+    def spec(self) -> TensorSpec:
+        """What it is."""
+        return TensorSpec(self.dtype, self.shape, self.size_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPayload:
@@ -45,3 +75,34 @@ class BlockPayload:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_bytes", sum(tensor.size_bytes for tensor in self.tensors.values()))
+
+    @property
+    def layout(self) -> BlockLayout:
+        """What its tensors are."""
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+
+class RowBuffers(Protocol):
+    """Memory in which the rows of a prefix's blocks are put together, each at its final place."""
+
+    @property
+    def layout(self) -> BlockLayout:
+        """What the tensors of the blocks are that have a place there."""
+        ...
+
+    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
+        """Where the bytes of a block's tensors belong: writable, in the order of `layout` and of their elements.
+
+        None if a block of that layout has no place there. Any thread may ask, and write.
+        """
+        ...
+
+
+class InPlace(enum.Enum):
+    """Says that a block's content is in `RowBuffers` already."""
+
+    IN_PLACE = "in place"
+
+
+LoadedRows = BlockPayload | InPlace
+"""The rows of a block, by themselves or put in their place."""

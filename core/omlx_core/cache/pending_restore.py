@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import PartKey, PrefixContent
-from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.payload import BlockPayload, LoadedRows, RowBuffers
 
 Content = BlockPayload | Future[BlockPayload | None]
+RowsContent = LoadedRows | Future[LoadedRows | None]
 
 
 class PendingRestore:
@@ -19,31 +21,31 @@ class PendingRestore:
     Attributes:
         table: the matched blocks, up to the last one at which every layer can be restored.
         num_matched_blocks: how many blocks of the prompt a tier has; those behind the table's lack a part.
+        rows: the rows of each block, or the read that gets them.
+        parts: the parts that a restore needs, or the reads.
+        buffers: where rows that are read go; None if each has memory of its own.
     """
 
     def __init__(
-        self, table: BlockTable, num_matched_blocks: int, rows: list[Content], parts: dict[PartKey, Content]
+        self,
+        table: BlockTable,
+        num_matched_blocks: int,
+        rows: Sequence[RowsContent],
+        parts: Mapping[PartKey, Content],
+        buffers: RowBuffers | None = None,
     ) -> None:
         self.table = table
         self.num_matched_blocks = num_matched_blocks
-        self._rows = rows
-        self._parts = parts
-        self._cold = {position for position, content in enumerate(rows) if isinstance(content, Future)}
-        self._cold |= {key.position for key, content in parts.items() if isinstance(content, Future)}
+        self.rows = rows
+        self.parts = parts
+        self.buffers = buffers
 
     @property
     def num_hot_blocks(self) -> int:
         """How many of the table's blocks were in RAM, with all that is needed of them, when they were matched."""
-        return len(self.table.blocks) - len(self._cold & set(range(len(self.table.blocks))))
-
-    @property
-    def is_hot(self) -> bool:
-        """Whether all of it was in RAM when it was matched."""
-        return not self._cold
-
-    def replaces(self, earlier: PendingRestore) -> None:
-        """Count as read from SSD what an earlier match of the same prompt has read."""
-        self._cold |= earlier._cold
+        cold = {position for position, content in enumerate(self.rows) if isinstance(content, Future)}
+        cold |= {key.position for key, content in self.parts.items() if isinstance(content, Future)}
+        return len(self.table.blocks) - len(cold & set(range(len(self.table.blocks))))
 
     def is_ready(self) -> bool:
         """Whether `TieredCache.finish_restore` would return without waiting."""
@@ -54,25 +56,38 @@ class PendingRestore:
         for future in self._futures():
             future.add_done_callback(lambda _: callback())
 
+    def cancel(self) -> None:
+        """Give up what has not begun to be read. What is being read ends by itself, in memory that it keeps alive."""
+        for future in self._futures():
+            future.cancel()
+
     def content(self) -> PrefixContent:
-        """What could be read: the rows up to the first block that could not, and parts. Waits for reads that run."""
-        rows = list(itertools.takewhile(lambda payload: payload is not None, map(_wait, self._rows)))
-        parts = {key: _wait(content) for key, content in self._parts.items()}
+        """What could be read: the rows up to the first block that could not, and parts.
+
+        Waits for all reads: none may write to the buffers any more once they are in use.
+        """
+        loaded: list[LoadedRows | None] = [
+            content.result() if isinstance(content, Future) else content for content in self.rows
+        ]
+        rows = [rows for rows in itertools.takewhile(lambda rows: rows is not None, loaded) if rows is not None]
+        parts = {
+            key: content.result() if isinstance(content, Future) else content for key, content in self.parts.items()
+        }
         return PrefixContent(
-            [payload for payload in rows if payload is not None],
-            {key: payload for key, payload in parts.items() if payload is not None},
+            rows, {key: payload for key, payload in parts.items() if payload is not None}, self.buffers
         )
 
-    def _futures(self) -> list[Future[BlockPayload | None]]:
-        return [content for content in (*self._rows, *self._parts.values()) if isinstance(content, Future)]
+    def _futures(self) -> list[Future[Any]]:
+        return [content for content in (*self.rows, *self.parts.values()) if isinstance(content, Future)]
 
 
-def _wait(content: Content) -> BlockPayload | None:
-    return content.result() if isinstance(content, Future) else content
-
-
-def lost() -> Content:
+def lost() -> Future[Any]:
     """Content that can't be had."""
-    future: Future[BlockPayload | None] = Future()
+    future: Future[Any] = Future()
     future.set_result(None)
     return future
+
+
+def is_lost(content: RowsContent | Content) -> bool:
+    """Whether content is known not to be had; not that which is still being read."""
+    return isinstance(content, Future) and content.done() and (content.cancelled() or content.result() is None)

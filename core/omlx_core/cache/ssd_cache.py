@@ -14,6 +14,7 @@ import bisect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from omlx_core.cache import ssd_maintenance
-from omlx_core.cache.block_file import encode_token_ids, read_block, read_block_identity
+from omlx_core.cache.block_file import encode_token_ids, read_block_identity, read_block_into, read_block_layout
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.neighbour import Neighbour, nearest_of
 from omlx_core.cache.parts import ROWS, Part
-from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.payload import BlockLayout, BlockPayload, InPlace, LoadedRows, RowBuffers
 from omlx_core.cache.ssd_budget import DiskBudget, DiskLimits
 from omlx_core.cache.ssd_check import CheckReport
 from omlx_core.cache.ssd_export import ImportReport, export_blocks, find_chain, import_blocks
@@ -36,7 +37,7 @@ from omlx_core.cache.ssd_layout import IndexEntry, block_path, prepare_directory
 from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, file_version
 from omlx_core.cache.ssd_stats import SSDCacheStats, StatsKeeper
 from omlx_core.cache.ssd_writer import BlockWriter, SaveRequest
-from omlx_core.errors import CorruptBlockError, InvalidRequestError
+from omlx_core.errors import CacheInvariantError, CorruptBlockError, InvalidRequestError
 
 __all__ = ["PagedSSDCacheManager", "SSDCacheStats"]
 
@@ -148,6 +149,41 @@ class PagedSSDCacheManager:
             The payload, or None for a miss. A block that is missing, damaged or unreadable is a miss from then on; its
             file is removed only if its content is proven to be wrong.
         """
+        loaded = self._load(block_hash, token_ids, lambda _: None)
+        if loaded is InPlace.IN_PLACE:
+            raise CacheInvariantError(f"block {block_hash.hex()} went where no memory was given")
+        return loaded
+
+    def load_rows(
+        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: RowBuffers, position: int
+    ) -> LoadedRows | None:
+        """As `load_block`, but the content goes to its place in `buffers`, unless it is in RAM or has no place there.
+
+        Args:
+            block_hash: the block's name.
+            token_ids: its tokens.
+            buffers: where its rows go; after a miss they may hold some of what was read.
+            position: the block's place in the prefix.
+        """
+        return self._load(block_hash, token_ids, partial(buffers.segments, position))
+
+    def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
+        """What the tensors of a block are: one short read of the disk at the most. None if that can't be said now."""
+        queued = None if self._writer is None else self._writer.queued.get(block_hash)
+        if queued is not None:
+            return queued.payload.layout
+        try:
+            with open(block_path(self._directory, self._namespace, block_hash), "rb", buffering=0) as file:
+                return read_block_layout(file)
+        except OSError:
+            return None  # whoever loads the block finds out what is wrong with it
+
+    def _load(
+        self,
+        block_hash: BlockHash,
+        token_ids: Sequence[int],
+        place: Callable[[BlockLayout], Sequence[memoryview] | None],
+    ) -> LoadedRows | None:
         queued = None if self._writer is None else self._writer.queued.get(block_hash)
         if queued is not None:
             return queued.payload if queued.token_ids == tuple(token_ids) else None
@@ -156,7 +192,7 @@ class PagedSSDCacheManager:
         try:
             with open(path, "rb", buffering=0) as file:
                 version = file_version(file.fileno())
-                identity, payload = read_block(file)
+                identity, content = read_block_into(file, place)
             if (identity.namespace, identity.block_hash) != (self._namespace, block_hash):
                 raise CorruptBlockError(f"the file holds block {identity.block_hash.hex()}")
         except FileNotFoundError:
@@ -177,8 +213,11 @@ class PagedSSDCacheManager:
             self._stats.warn("tokens", "cache block %s holds other tokens than asked for; not used", path)
             return None
         self._unreadable.pop(block_hash, None)
-        self._stats.count(blocks_read=1, bytes_read=payload.size_bytes)
-        return payload
+        if isinstance(content, int):
+            self._stats.count(blocks_read=1, bytes_read=content)
+            return InPlace.IN_PLACE
+        self._stats.count(blocks_read=1, bytes_read=content.size_bytes)
+        return content
 
     def find_neighbour(
         self, token_ids: Sequence[int], block_size: int, extra_keys: tuple[str, ...] = ()

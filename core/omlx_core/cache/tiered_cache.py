@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
@@ -21,8 +21,9 @@ from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.neighbour import Neighbour
 from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
 from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
-from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.pending_restore import Content, PendingRestore, lost
+from omlx_core.cache.payload import BlockLayout, BlockPayload, RowBuffers, layout_size_bytes
+from omlx_core.cache.pending_restore import Content, PendingRestore, RowsContent, is_lost, lost
+from omlx_core.cache.promotion import Promoter
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
 
@@ -48,6 +49,9 @@ None if they can't be had any more."""
 
 Needs = Callable[[int], Iterable[PartKey]]
 """The parts that a restore of so many blocks needs."""
+
+Allocate = Callable[[BlockLayout], RowBuffers | None]
+"""Memory for the rows of blocks of that layout; None if each block's rows are to be had by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class TieredCache:
         self._is_all_in_hand.set()
         self._wake: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_NUM_IO_THREADS, thread_name_prefix="omlx-read") if ssd else None
+        self._promoter = Promoter(paged, ssd) if ssd else None
+        self._layout: BlockLayout | None = None
         self._matched_tokens_hot = 0
         self._matched_tokens_cold = 0
         self._missed_tokens = 0
@@ -120,6 +126,8 @@ class TieredCache:
         needs: Needs = lambda _: (),
         *,
         max_tokens: int | None = None,
+        allocate: Allocate | None = None,
+        earlier: PendingRestore | None = None,
     ) -> PendingRestore:
         """Find and hold the longest cached prefix that leaves a token to compute; start reading what is on SSD.
 
@@ -129,6 +137,9 @@ class TieredCache:
             needs: the parts, besides rows, that a restore of that many blocks needs. The prefix is cut to where a
                 tier has all of them.
             max_tokens: reuse no more than this; None leaves one token.
+            allocate: where rows that have to be read are to go. Called at most once, if there are any.
+            earlier: a match of the same prompt that this one takes the place of, not yet released: what it has read,
+                or is reading, is not read again.
 
         Returns:
             What `finish_restore` completes. Its table must be given to `release` in any case.
@@ -139,8 +150,15 @@ class TieredCache:
         while num_blocks and not self._paged.acquire_parts(table, needs(num_blocks)):
             num_blocks -= 1
         self._paged.truncate(table, num_blocks)
-        rows = [self._rows(table, position) for position in range(len(table.blocks))]
-        parts = {key: self._content(block, ()) for key, block in table.parts.items()}
+        if earlier is not None and not _goes_on_from(table, earlier):
+            earlier.cancel()
+            earlier = None
+        buffers = earlier.buffers if earlier is not None else None
+        if buffers is None and allocate is not None and any(block.payload is None for block in table.blocks):
+            layout = self._find_layout(table)
+            buffers = allocate(layout) if layout is not None else None
+        rows = [self._rows(table, position, buffers, earlier) for position in range(len(table.blocks))]
+        parts = {key: self._part(block, key, earlier) for key, block in table.parts.items()}
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
             # be continued on SSD, where a child is written only after its parent.
@@ -148,7 +166,7 @@ class TieredCache:
             self._hand_over(table, self._ssd)
             used = [*table.blocks, *table.parts.values()]
             self._ssd.touch([block.block_hash for block in used if block.block_hash is not None])
-        return PendingRestore(table, num_matched, rows, parts)
+        return PendingRestore(table, num_matched, rows, parts, buffers)
 
     def finish_restore(self, pending: PendingRestore, num_prompt_tokens: int) -> PrefixContent | None:
         """The content of the matched blocks; the table is cut where a block could not be read.
@@ -164,22 +182,30 @@ class TieredCache:
             return None
         self._paged.truncate(table, len(content.rows))
         num_hot = pending.num_hot_blocks
-        hot, cold = content.rows[:num_hot], content.rows[num_hot:]
-        self._events.publish("hit", "hot", num_blocks=num_hot, size_bytes=_size_bytes(hot))
-        self._events.publish("hit", "cold", num_blocks=len(cold), size_bytes=_size_bytes(cold))
+        num_cold = len(content.rows) - num_hot
+        if content.buffers is not None and content.in_place:
+            self._layout = content.buffers.layout  # as verified files have it
+        self._events.publish("hit", "hot", num_blocks=num_hot, size_bytes=content.size_bytes(0, num_hot))
+        self._events.publish("hit", "cold", num_blocks=num_cold, size_bytes=content.size_bytes(num_hot))
         num_missed = (num_prompt_tokens - table.num_tokens) // self.block_size
         self._events.publish("miss", "cold" if self._ssd else "hot", num_blocks=num_missed, size_bytes=0)
         self._matched_tokens_hot += num_hot * self.block_size
-        self._matched_tokens_cold += len(cold) * self.block_size
+        self._matched_tokens_cold += num_cold * self.block_size
         self._missed_tokens += num_prompt_tokens - table.num_tokens
         return content
 
     def promote(self, table: BlockTable, content: PrefixContent) -> None:
-        """Keep in RAM what was read from SSD, as far as there is room, the trunk first."""
-        for block, payload in zip(table.blocks, content.rows, strict=True):
-            self._paged.promote(block, payload)
+        """Keep in RAM what was read from SSD, as far as there is room, the trunk first.
+
+        Rows that are nowhere but in a request's memory follow in their own time, which `flush` waits for.
+        """
+        for block, rows in zip(table.blocks, content.rows, strict=True):
+            if isinstance(rows, BlockPayload):
+                self._paged.promote(block, rows)
         for key, payload in content.parts.items():
             self._paged.promote(table.parts[key], payload)
+        if content.buffers is not None and content.in_place and self._promoter is not None:
+            self._promoter.submit(table, content.in_place, layout_size_bytes(content.buffers.layout))
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks; see `PagedCacheManager.fork_block_table`. To be released, too."""
@@ -281,15 +307,15 @@ class TieredCache:
         )
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all stored blocks are durable on SSD, or given up.
+        """Wait until all stored blocks are durable on SSD, or given up, and what was read from there is kept in RAM.
 
         Returns:
             False if `timeout_s` ran out first.
         """
-        if self._ssd is None:
+        if self._ssd is None or self._promoter is None:
             return True
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        if not self._is_all_in_hand.wait(timeout_s):
+        if not self._promoter.flush(timeout_s) or not self._is_all_in_hand.wait(timeout_s):
             return False
         return self._ssd.flush(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
 
@@ -309,6 +335,8 @@ class TieredCache:
         deadline_s = time.monotonic() + timeout_s
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
+        if self._promoter is not None:
+            self._promoter.close()
         if self._ssd is not None:
             while self._unsaved and self._ssd.flush(max(0.0, deadline_s - time.monotonic())):
                 self.retry_unsaved()
@@ -317,16 +345,36 @@ class TieredCache:
         self._unsaved.clear()
         self._paged.close()
 
-    def _rows(self, table: BlockTable, position: int) -> Content:
+    def _rows(
+        self, table: BlockTable, position: int, buffers: RowBuffers | None, earlier: PendingRestore | None
+    ) -> RowsContent:
+        if earlier is not None and position < len(earlier.rows) and isinstance(earlier.rows[position], Future):
+            return earlier.rows[position]
         block = table.blocks[position]
-        # Its tokens are looked at only if they have to be compared with a file's: most blocks are in RAM.
-        return self._content(block, self._tokens_of(table, position) if block.payload is None else ())
+        if block.payload is not None:
+            return block.payload
+        if self._ssd is None or self._readers is None or block.block_hash is None:
+            return lost()
+        tokens = self._tokens_of(table, position)
+        if buffers is None:
+            return self._readers.submit(self._ssd.load_block, block.block_hash, tokens)
+        return self._readers.submit(self._ssd.load_rows, block.block_hash, tokens, buffers, position)
 
-    def _content(self, block: CacheBlock, token_ids: Sequence[int]) -> Content:
-        payload = block.payload
-        if payload is None and self._ssd is not None and self._readers is not None and block.block_hash is not None:
-            return self._readers.submit(self._ssd.load_block, block.block_hash, token_ids)
-        return payload if payload is not None else lost()
+    def _part(self, block: CacheBlock, key: PartKey, earlier: PendingRestore | None) -> Content:
+        if earlier is not None and isinstance(earlier.parts.get(key), Future):
+            return earlier.parts[key]
+        if block.payload is not None:
+            return block.payload
+        if self._ssd is None or self._readers is None or block.block_hash is None:
+            return lost()
+        return self._readers.submit(self._ssd.load_block, block.block_hash, ())
+
+    def _find_layout(self, table: BlockTable) -> BlockLayout | None:
+        """The layout of a table's blocks, by its first one. All blocks of a model have one layout, as a rule."""
+        first = table.blocks[0]
+        if self._layout is None and first.payload is None and first.block_hash is not None and self._ssd is not None:
+            return self._ssd.read_layout(first.block_hash)  # not kept: only a whole file is verified
+        return self._layout if first.payload is None else first.payload.layout
 
     def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
@@ -381,5 +429,14 @@ class TieredCache:
             self._wake()
 
 
-def _size_bytes(payloads: Sequence[BlockPayload]) -> int:
-    return sum(payload.size_bytes for payload in payloads)
+def _goes_on_from(table: BlockTable, earlier: PendingRestore) -> bool:
+    """Whether a table begins with all blocks of an earlier match, none of which was lost.
+
+    Otherwise a read could still be putting rows where the table's sequence is about to go on.
+    """
+    if any(is_lost(content) for content in (*earlier.rows, *earlier.parts.values())):
+        return False
+    num_blocks = len(earlier.table.blocks)
+    return [block.block_hash for block in table.blocks[:num_blocks]] == [
+        block.block_hash for block in earlier.table.blocks
+    ]

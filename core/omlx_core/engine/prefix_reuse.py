@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from omlx_core.mlx_backend import backend_name, mx
 
@@ -15,7 +16,6 @@ from mlx_lm.generate import generation_stream
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import CHECKPOINT, PartKey
 from omlx_core.cache.payload import BlockPayload
-from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.engine.request import Request
@@ -63,15 +63,25 @@ class PrefixReuse:
         self._cache.retry_unsaved()
 
     def match(self, request: Request) -> None:
-        """Find and hold the longest cached prefix of a request's prompt; what is on SSD is read from now on."""
-        codec = self._codec
+        """Find and hold the longest cached prefix of a request's prompt; what is on SSD is read from now on.
+
+        Called again, it goes on with what was found before, and what is being read.
+        """
+        codec, earlier, earlier_table = self._codec, request.pending, request.table
         if codec is None:
             return
-        max_tokens = self._last_boundary(len(request.prompt_ids), codec)
+        num_tokens = len(request.prompt_ids)
         request.pending = self._cache.match(
-            request.prompt_ids, request.params.extra_keys, codec.needs, max_tokens=max_tokens
+            request.prompt_ids,
+            request.params.extra_keys,
+            codec.needs,
+            max_tokens=self._last_boundary(num_tokens, codec),
+            allocate=partial(codec.allocate, capacity=num_tokens),
+            earlier=earlier,
         )
         request.table = request.pending.table
+        if earlier_table is not None:
+            self._cache.release(earlier_table)
         request.matched_at = self._num_stored
         request.pending.notify(self._wake)
 
@@ -92,15 +102,12 @@ class PrefixReuse:
         if request.matched_at < self._num_stored and not request.was_matched_anew:
             # What was stored meanwhile may be more of this very prompt. Once only: reads must come to an end.
             request.was_matched_anew = True
-            earlier = request.pending
-            self._keep_read(earlier)
-            self._match_anew(request)
-            request.pending.replaces(earlier)
+            self.match(request)
         if not self.is_ready(request):
             return False
         num_matched = request.pending.num_matched_blocks * self._cache.block_size
         if not self._restore(request, codec):
-            self._match_anew(request)
+            self.match(request)
             return self.is_ready(request) and self.begin(request)
         if codec.has_windows:
             request.recorder = WindowRecorder(codec, self._cache.block_size, request.num_computed)
@@ -187,21 +194,11 @@ class PrefixReuse:
 
     def leave(self, request: Request) -> None:
         """Let go of a request's blocks; those that are stored stay. Idempotent."""
+        if request.pending is not None:
+            request.pending.cancel()
         if request.table is not None:
             self._cache.release(request.table)
         request.table = request.prompt_cache = request.pending = request.recorder = request.last_checkpoint = None
-
-    def _match_anew(self, request: Request) -> None:
-        if request.table is not None:
-            self._cache.release(request.table)
-        self.match(request)
-
-    def _keep_read(self, pending: PendingRestore) -> None:
-        """Put what was read from SSD into RAM, lest it be read again."""
-        if pending.is_ready() and not pending.is_hot:
-            content = pending.content()
-            if len(content.rows) == len(pending.table.blocks) and content.parts.keys() == pending.table.parts.keys():
-                self._cache.promote(pending.table, self._codec.load(content) if self._codec else content)
 
     def _restore(self, request: Request, codec: PromptStateCodec) -> bool:
         """Fill the prompt cache from the blocks that were read; False if one was lost and a match finds less."""

@@ -31,6 +31,11 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def is_known_dtype(name: str) -> bool:
+    """Whether MLX has arrays of an element type."""
+    return name in _DTYPES
+
+
 def to_payloads(blocks: Sequence[Mapping[str, mx.array]]) -> list[BlockPayload]:
     """Make payloads of lazy arrays, evaluating all of them at once.
 

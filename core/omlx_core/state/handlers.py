@@ -24,8 +24,8 @@ from omlx_core.state.protocols import Arrays, FetchRows, Handler
 from omlx_core.state.registered import find_registered_handler
 
 
-class TokenSlicedHandler:
-    """Full attention: keys and values of shape ``[1, kv_heads, tokens, head_dim]``; `mlx_lm.models.cache.KVCache`."""
+class JoinedRowsHandler:
+    """Full attention, put together by joining the blocks' rows; see `TokenSlicedHandler`."""
 
     def describe(self, leaf: Any) -> str:
         """Nothing but the family."""
@@ -61,6 +61,22 @@ class TokenSlicedHandler:
             shape = list(rows[0].shape)
             shape[2] = room
             setattr(restored, name, mx.concatenate([*rows, mx.zeros(shape, rows[0].dtype)], axis=2))
+        restored.offset = num_tokens
+        return restored
+
+
+class TokenSlicedHandler(JoinedRowsHandler):
+    """Full attention: keys and values of shape ``[1, kv_heads, tokens, head_dim]``; `mlx_lm.models.cache.KVCache`."""
+
+    def capacity(self, num_tokens: int) -> int:
+        """The cache's own steps."""
+        step: int = mlx_lm_cache.KVCache.step
+        return -(-num_tokens // step) * step
+
+    def adopt(self, leaf: Any, arrays: Arrays, num_tokens: int) -> Any:
+        """A `KVCache` of these arrays."""
+        restored = type(leaf)()
+        restored.keys, restored.values = arrays["keys"], arrays["values"]
         restored.offset = num_tokens
         return restored
 

@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from omlx_core.mlx_backend import mx
+from omlx_core.mlx_backend import can_write_to_arrays, mx
 
 from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
-from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
 from omlx_core.state.handlers import find_handler, leaves_of, rebuild
-from omlx_core.state.protocols import Arrays, CheckpointHandler, Handler, RowHandler
+from omlx_core.state.protocols import AdoptingHandler, Arrays, CheckpointHandler, Handler, RowHandler
 from omlx_core.state.registry import class_name
+from omlx_core.state.row_arrays import RowArrays
 
 PromptCache = list[Any]
 """One mlx-lm cache object per layer, as its `make_prompt_cache` gives it."""
@@ -66,6 +67,9 @@ class PromptStateCodec:
                 self._rows[path] = handler
             else:
                 self._windows[path] = handler
+        # All of them or none: a block has one layout for the rows of all layers.
+        adopting = {path: handler for path, handler in self._rows.items() if isinstance(handler, AdoptingHandler)}
+        self._adopting = adopting if can_write_to_arrays() and len(adopting) == len(self._rows) else {}
         if unknown or not self._leaves:
             raise UnsupportedLayerError(", ".join(sorted(unknown)) or "no layers")
 
@@ -136,49 +140,84 @@ class PromptStateCodec:
         [payload] = to_payloads([arrays])
         return payload
 
+    def allocate(self, layout: BlockLayout, capacity: int) -> RowArrays | None:
+        """Arrays for the rows of blocks to be read to; None if that doesn't suit the model, its blocks or the backend.
+
+        Args:
+            layout: what the tensors of each block are.
+            capacity: tokens to have room for.
+        """
+        if not self._adopting or not layout or not RowArrays.fits(layout, self._block_size):
+            return None
+        return RowArrays(layout, self._block_size, max(each.capacity(capacity) for each in self._adopting.values()))
+
     def restore(self, content: PrefixContent, *, num_tokens: int, capacity: int) -> tuple[PromptCache, PrefixContent]:
         """Build a prompt cache, evaluated; what runs on it never changes the blocks.
 
         Args:
             content: the rows of all blocks and the parts that `needs` names.
             num_tokens: tokens that the blocks hold together.
-            capacity: tokens to have room for without reallocation.
+            capacity: tokens to have room for without reallocation; what rows were read to has the room that it has.
 
         Returns:
-            The prompt cache, and the content with MLX arrays, to be kept in RAM.
+            The prompt cache, and the content to be kept in RAM.
 
         Raises:
             CacheInvariantError: some leaf would not hold `num_tokens` tokens.
         """
-        content = self.load(content)
-        rows, parts = content.rows, content.parts
+        if len(content.rows) * self._block_size != num_tokens:
+            raise CacheInvariantError(
+                f"{len(content.rows)} blocks of {self._block_size} tokens, where their table has {num_tokens} tokens"
+            )
+        adopted = self._adopt(content, num_tokens, max(capacity, num_tokens + 1))
+        parts = dict(zip(content.parts, with_arrays(list(content.parts.values())), strict=True))
+        rows = content.rows
         blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
         for key, payload in parts.items():
             blocks[key.part][key.position] = payload
-        leaves: dict[str, Any] = {}
-        for handlers, source in ((self._rows, dict(enumerate(rows))), (self._windows, blocks[WINDOW])):
-            split = {position: _split(payload) for position, payload in source.items()}
-            for path, handler in handlers.items():
-                if not any(path in block for block in split.values()):
-                    # A layer that never fills its cache (nemotron-nas has such) left nothing, and gets nothing.
-                    leaves[path] = copy.copy(self._leaves[path])
-                    continue
-                fetch = _Fetch(path, split, self._block_size)
-                leaves[path] = handler.restore(self._leaves[path], fetch, num_tokens, capacity)
-            _check_length(handlers, leaves, exactly=num_tokens)
+        leaves: dict[str, Any] = dict(adopted or {})
+        if adopted is None:
+            rows = with_arrays([_payload(each) for each in rows])
+            leaves.update(self._join(self._rows, dict(enumerate(rows)), num_tokens, capacity))
+        leaves.update(self._join(self._windows, blocks[WINDOW], num_tokens, capacity))
+        _check_length({**self._rows, **self._windows}, leaves, exactly=num_tokens)
         if self._checkpoints:
             states = _split(blocks[CHECKPOINT][num_tokens // self._block_size - 1])
             for path, recurrent in self._checkpoints.items():
                 leaves[path] = recurrent.restore(self._leaves[path], states.get(path, {}))
         prompt_cache = rebuild(self._template, leaves)
         mx.eval([leaf.state for leaf in leaves.values()])
-        return prompt_cache, content
+        return prompt_cache, PrefixContent(rows, parts, content.buffers)
 
-    def load(self, content: PrefixContent) -> PrefixContent:
-        """The same content with MLX arrays, made where there are none."""
-        payloads = with_arrays([*content.rows, *content.parts.values()])
-        rows, parts = payloads[: len(content.rows)], payloads[len(content.rows) :]
-        return PrefixContent(rows, dict(zip(content.parts, parts, strict=True)))
+    def _adopt(self, content: PrefixContent, num_tokens: int, capacity: int) -> dict[str, Any] | None:
+        """The full-attention leaves, of arrays into which the rows of all blocks are written; None to join them."""
+        arrays = content.buffers if content.in_place else None
+        if not content.in_place and content.rows:
+            arrays = self.allocate(_payload(content.rows[0]).layout, capacity)
+        if not isinstance(arrays, RowArrays):
+            return None
+        payloads = {position: rows for position, rows in enumerate(content.rows) if isinstance(rows, BlockPayload)}
+        arrays.fill(payloads, num_tokens)
+        by_path = _by_path(arrays.take())
+        return {
+            # A layer that never fills its cache (nemotron-nas has such) left nothing, and gets nothing.
+            path: handler.adopt(leaf, by_path[path], num_tokens) if path in by_path else copy.copy(leaf)
+            for path, handler in self._adopting.items()
+            for leaf in (self._leaves[path],)
+        }
+
+    def _join(
+        self, handlers: Mapping[str, RowHandler], blocks: Mapping[int, BlockPayload], num_tokens: int, capacity: int
+    ) -> dict[str, Any]:
+        split = {position: _split(payload) for position, payload in blocks.items()}
+        leaves = {}
+        for path, handler in handlers.items():
+            if not any(path in block for block in split.values()):
+                leaves[path] = copy.copy(self._leaves[path])
+                continue
+            fetch = _Fetch(path, split, self._block_size)
+            leaves[path] = handler.restore(self._leaves[path], fetch, num_tokens, capacity)
+        return leaves
 
     def window_rows(self, prompt_cache: PromptCache, start: int, stop: int) -> dict[str, mx.array] | None:
         """Lazy copies of the windowed leaves' rows of tokens ``[start, stop)``; None if some are gone."""
@@ -221,11 +260,21 @@ class _Fetch:
 
 
 def _split(payload: BlockPayload) -> dict[str, Arrays]:
+    return _by_path({name: tensor.array for name, tensor in payload.tensors.items()})
+
+
+def _by_path(arrays: Arrays) -> dict[str, Arrays]:
     leaves: dict[str, dict[str, mx.array]] = {}
-    for name, tensor in payload.tensors.items():
+    for name, array in arrays.items():
         path, _, member = name.rpartition(".")
-        leaves.setdefault(path, {})[member] = tensor.array
+        leaves.setdefault(path, {})[member] = array
     return dict(leaves)
+
+
+def _payload(rows: LoadedRows) -> BlockPayload:
+    if not isinstance(rows, BlockPayload):
+        raise CacheInvariantError("rows were put in memory that nothing is known of")
+    return rows
 
 
 def _check_length(

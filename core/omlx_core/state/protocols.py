@@ -64,6 +64,28 @@ class RowHandler(Protocol):
 
 
 @runtime_checkable
+class AdoptingHandler(RowHandler, Protocol):
+    """A `RowHandler` whose leaf holds the rows of all tokens and nothing else, one after the other.
+
+    Blocks can then be put straight to their places in its arrays, which are ``[1, heads, capacity, size]``.
+    """
+
+    def capacity(self, num_tokens: int) -> int:
+        """The rows to have memory for where there is to be room for `num_tokens`."""
+        ...
+
+    def adopt(self, leaf: Any, arrays: Arrays, num_tokens: int) -> Any:
+        """A fresh leaf of arrays that hold the rows of `num_tokens` tokens, and zeros behind them.
+
+        Args:
+            leaf: a leaf of the same layer, for its settings.
+            arrays: the arrays, which are the leaf's own from now on.
+            num_tokens: tokens that it has seen.
+        """
+        ...
+
+
+@runtime_checkable
 class CheckpointHandler(Protocol):
     """A family that keeps one state, whatever its size, for all tokens so far: recurrent layers.
 

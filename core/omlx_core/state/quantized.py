@@ -15,7 +15,7 @@ from omlx_core.mlx_backend import mx
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from omlx_core.state.handlers import TokenSlicedHandler, leaves_of, rebuild
+from omlx_core.state.handlers import JoinedRowsHandler, leaves_of, rebuild
 from omlx_core.state.protocols import Arrays, FetchRows
 
 # What `mx.quantize` returns for each of keys and values, in its order.
@@ -52,7 +52,7 @@ class KVQuantization:
         return type(leaf) is KVCache and leaf.offset >= self.start_tokens
 
 
-class QuantizedHandler(TokenSlicedHandler):
+class QuantizedHandler(JoinedRowsHandler):
     """Full attention whose keys and values are quantized once the sequence is long enough.
 
     The rows of a block are named ``keys`` and ``values`` before that length, and after it ``keys_packed`` (32-bit
