@@ -14,14 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from omlx_core.mlx_backend import backend_name
+from omlx_core.mlx_backend import backend_name, mx
 
 from tqdm import trange
 
 DISTRIBUTIONS = ("omlx-plugins", "mlx", "mlx-lm", "numpy")
+LOAD_BEFORE = round(os.getloadavg()[0], 2)  # of the minute before a benchmark: what else the machine was doing
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -58,14 +59,24 @@ def medians_in_turn(
     return {name: statistics.median(samples) for name, samples in values.items()}
 
 
+def version_of(distribution: str) -> str | None:
+    """None where it is importable without being installed, as on a machine that was lent for an hour."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def environment(*more_distributions: str) -> dict[str, Any]:
     """The machine, what computes on it, and the versions of what is measured."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": mx.device_info().get("device_name", "CPU"),
         "backend": backend_name(),
+        "load_before": LOAD_BEFORE,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in (*DISTRIBUTIONS, *more_distributions)},
+            **{name: version_of(name) for name in (*DISTRIBUTIONS, *more_distributions)},
         },
     }
 
@@ -84,18 +95,24 @@ class Figure:
         operation: what was measured, and against what.
         value: the figure.
         unit: its unit, such as "ms"; "x" for a ratio.
-        bar: the highest value that is good enough.
+        bar: the highest value that is good enough; None if the figure only informs.
+        is_floor: the bar is the lowest that is good enough instead.
+        limit: the same, of the way that it is set against: what the hardware or the other library takes.
     """
 
     operation: str
     value: float
     unit: str
-    bar: float
+    bar: float | None = None
+    is_floor: bool = False
+    limit: float | None = None
 
     @property
-    def is_met(self) -> bool:
-        """Whether the bar is kept."""
-        return self.value <= self.bar
+    def is_met(self) -> bool | None:
+        """Whether the bar is kept; None without one."""
+        if self.bar is None:
+            return None
+        return self.value >= self.bar if self.is_floor else self.value <= self.bar
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
@@ -104,16 +121,20 @@ class Figure:
             "value": float(f"{self.value:.4g}"),
             "unit": self.unit,
             "bar": self.bar,
+            "is_floor": self.is_floor,
+            "limit": None if self.limit is None else float(f"{self.limit:.4g}"),
             "met": self.is_met,
         }
 
 
 def print_table(figures: Sequence[Figure]) -> None:
     """Print the figures for people, to standard error, so that standard output is JSON alone."""
-    rows = [("operation", "measured", "bar", "")]
+    rows = [("operation", "measured", "limit", "bar", "")]
     for figure in figures:
-        measured, bar = f"{figure.value:.3g} {figure.unit}", f"<= {figure.bar:g} {figure.unit}"
-        rows.append((figure.operation, measured, bar, "met" if figure.is_met else "MISSED"))
+        limit = "" if figure.limit is None else f"{figure.limit:.3g} {figure.unit}"
+        bar = "" if figure.bar is None else f"{'>=' if figure.is_floor else '<='} {figure.bar:.3g} {figure.unit}"
+        met = {None: "", True: "met", False: "MISSED"}[figure.is_met]
+        rows.append((figure.operation, f"{figure.value:.3g} {figure.unit}", limit, bar, met))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
