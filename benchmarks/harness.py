@@ -7,22 +7,18 @@ can then be trusted where the times themselves can't.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-from omlx_core.mlx_backend import backend_name, mx
 
 from tqdm import trange
 
-DISTRIBUTIONS = ("omlx-plugins", "mlx", "mlx-lm", "numpy")
-LOAD_BEFORE = round(os.getloadavg()[0], 2)  # of the minute before a benchmark: what else the machine was doing
+from omlx_core.environment import describe_environment
+
+ENVIRONMENT = describe_environment()  # taken before anything is measured: its load is what else the machine does
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -59,31 +55,9 @@ def medians_in_turn(
     return {name: statistics.median(samples) for name, samples in values.items()}
 
 
-def version_of(distribution: str) -> str | None:
-    """None where it is importable without being installed, as on a machine that was lent for an hour."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def environment(*more_distributions: str) -> dict[str, Any]:
-    """The machine, what computes on it, and the versions of what is measured."""
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "device": mx.device_info().get("device_name", "CPU"),
-        "backend": backend_name(),
-        "load_before": LOAD_BEFORE,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version_of(name) for name in (*DISTRIBUTIONS, *more_distributions)},
-        },
-    }
-
-
 def print_report(**content: Any) -> None:
     """Print the environment and what was found as JSON, to standard output."""
-    json.dump({**environment(), **content}, sys.stdout, indent=2)
+    json.dump({**ENVIRONMENT, **content}, sys.stdout, indent=2)
     print()
 
 
