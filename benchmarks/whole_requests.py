@@ -24,7 +24,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,9 @@ from omlx_core.mlx_backend import mx
 import numpy as np
 from harness import Figure, medians_in_turn, print_report, print_table, seconds
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm_alone import batch_generator_arrivals_s, generate_step_arrivals_s
 from models import FAMILIES, SAMPLE_MODEL, SHAPES, build, vocab_size
 from tqdm import trange
 
@@ -222,24 +222,6 @@ def ttft_figures(name: str, medians: dict[str, float]) -> list[Figure]:
 
 
 # Decode
-
-
-def generate_step_arrivals_s(model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[float]]:
-    """mlx-lm's decoding of one prompt."""
-    [prompt] = prompts
-    tokens = generate_step(mx.array(prompt), model, max_tokens=num_tokens)
-    return [[time.perf_counter() for _ in tokens]]
-
-
-def batch_generator_arrivals_s(model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[float]]:
-    """mlx-lm's decoding of several prompts."""
-    with closing(BatchGenerator(model, prefill_batch_size=len(prompts))) as generator:
-        uids = generator.insert([list(prompt) for prompt in prompts], [num_tokens] * len(prompts))
-        arrivals_s: dict[int, list[float]] = {uid: [] for uid in uids}
-        while responses := generator.next_generated():
-            for response in responses:
-                arrivals_s[response.uid].append(time.perf_counter())
-    return list(arrivals_s.values())
 
 
 def decode_figures(name: str, model: Any, args: argparse.Namespace) -> list[Figure]:
