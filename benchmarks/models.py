@@ -6,10 +6,12 @@ Nothing here needs more than MLX and mlx-lm, so that the large shapes run where 
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 from omlx_core.mlx_backend import mx
 
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 _CONTEXT_TOKENS = 1 << 20  # no shape's own limit gets in the way of a length
@@ -139,8 +141,36 @@ SHAPES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 512,
     },
 }
+# `RowsModel`: what it computes grows with the tokens alone.
+LINEAR = "linear"
 SAMPLE_MODEL = "smollm2"
 FAMILIES = ("small-full", "small-windowed", "small-hybrid")
+
+
+class RowsModel(nn.Module):
+    """Fills its caches as a transformer does, and looks only at the rows of the tokens at hand.
+
+    Attention takes a time that grows with the square of a prompt and hides what else does. A kilobyte per token.
+    """
+
+    NUM_HEADS = 2
+    HEAD_DIM = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = self.NUM_HEADS * self.HEAD_DIM
+        self.args = SimpleNamespace(vocab_size=1024, max_position_embeddings=_CONTEXT_TOKENS)
+        self.embedding = nn.Embedding(self.args.vocab_size, size)
+        self.layers = [nn.Linear(size, size, bias=False) for _ in range(2)]
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        batch_size, length = inputs.shape
+        hidden = self.embedding(inputs)
+        for layer, layer_cache in zip(self.layers, cache or [], strict=False):
+            rows = layer(hidden).reshape(batch_size, length, self.NUM_HEADS, self.HEAD_DIM).transpose(0, 2, 1, 3)
+            _, values = layer_cache.update_and_fetch(rows, rows)
+            hidden = hidden + values[:, :, -length:].transpose(0, 2, 1, 3).reshape(batch_size, length, -1)
+        return self.embedding.as_linear(hidden)
 
 
 def vocab_size(model: Any) -> int:
@@ -151,7 +181,7 @@ def build(shape: str, *, layers: int | None = None, seed: int = 0) -> Any:
     """A model of a shape, or the real SmolLM2; the same weights in every process.
 
     Args:
-        shape: a key of `SHAPES`, or `SAMPLE_MODEL`.
+        shape: a key of `SHAPES`, `LINEAR`, or `SAMPLE_MODEL`.
         layers: fewer or more of them than the shape has.
         seed: of the weights.
     """
@@ -160,6 +190,10 @@ def build(shape: str, *, layers: int | None = None, seed: int = 0) -> Any:
         from omlx_core.model.sample_model import ensure_sample_model
 
         return load_model(ensure_sample_model()).model
+    if shape == LINEAR:
+        model = RowsModel()
+        _randomize(model, mx.float32, seed)
+        return model
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers

@@ -21,21 +21,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
-import itertools
 import pstats
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 
 from harness import Figure, medians_in_turn, print_report, print_table
-from mlx_lm.generate import BatchGenerator
 from mlx_lm_alone import batch_generator_arrivals_s
 from models import SAMPLE_MODEL, build, vocab_size
+from steps import between_steps_us, timed_steps
 
 from omlx_core import CacheSettings, Engine
 from omlx_core.model.loading import load_model
@@ -60,35 +56,6 @@ def on_event_loop(engine: Engine, prompts: Prompts, num_tokens: int) -> list[lis
         return await asyncio.gather(*map(arrivals_s, prompts))
 
     return asyncio.run(gather())
-
-
-@contextmanager
-def timed_steps() -> Iterator[list[tuple[float, float, int]]]:
-    """Record when each call of `BatchGenerator.next` begins and ends, and how many tokens it gives."""
-    calls: list[tuple[float, float, int]] = []
-    original = BatchGenerator.next
-
-    def timed(self: BatchGenerator) -> Any:
-        begin_s = time.perf_counter()
-        responses = original(self)
-        calls.append((begin_s, time.perf_counter(), len(responses[1])))
-        return responses
-
-    BatchGenerator.next = timed
-    try:
-        yield calls
-    finally:
-        BatchGenerator.next = original
-
-
-def between_steps_us(calls: Sequence[tuple[float, float, int]]) -> float:
-    """The median time between two full steps, in microseconds."""
-    gaps_s = [
-        begin_s - end_s
-        for (_, end_s, before), (begin_s, _, after) in itertools.pairwise(calls)
-        if before == after == BATCH_SIZE
-    ]
-    return 1e6 * statistics.median(gaps_s)
 
 
 def open_engine(name: str) -> Engine:
@@ -124,7 +91,7 @@ def measure(name: str, args: argparse.Namespace) -> list[Figure]:
         for way in ("threads", "event loop"):
             with timed_steps() as calls:
                 us_per_token(ways[way])
-            gaps_us[way] = between_steps_us(calls)
+            gaps_us[way] = between_steps_us(calls, BATCH_SIZE)
         if args.profile:
             profile = cProfile.Profile()
             engine._scheduler.thread.call(profile.enable)
