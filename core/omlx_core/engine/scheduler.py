@@ -286,6 +286,8 @@ class Scheduler:
         with mx.stream(generation_stream):
             self._prompt_caches.prepare_step(prompt_cache)
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
+            if not request.num_computed:
+                self._prompt_caches.reserve(prompt_cache, len(request.prompt_ids))
             mx.eval([layer.state for layer in prompt_cache])
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
