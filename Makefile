@@ -24,7 +24,7 @@ help:
 	@echo "make crashtest     kill writing processes at every step of I/O (minutes; a part of it is in make test)"
 	@echo "make stress        ask three engines for 2,000 things from 64 threads and 64 tasks (a part is in make test)"
 	@echo "make soak          a minute of two processes at full load in one cache folder, with kills"
-	@echo "make bench         run the benchmarks"
+	@echo "make bench         run the benchmarks, on a quiet machine, and write docs/performance.md"
 	@echo "make setup         create $(VENV) with everything that these need"
 	@echo "make sample-model  fetch and convert the small real model"
 	@echo "make clean         remove $(VENV) and what tools left behind"
@@ -69,7 +69,8 @@ demo: setup sample-model
 	$(BIN)/omlx-plugins demo
 
 bench: setup sample-model
-	@for script in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

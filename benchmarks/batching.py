@@ -2,52 +2,42 @@
 
     python benchmarks/batching.py [--runs 3] [--tokens 64] [--prompt 128] [--long 16384] [--step 512]
 
-- batch: 8 requests at once, against the same in turn, and against `mlx_lm.batch_generate` of the same prompts; the
+- batch: 8 requests at once, against the same in turn, and against mlx-lm's `BatchGenerator` of the same prompts; the
   cache is on and finds nothing.
 - gap: the longest wait for a token of a running stream while a long prompt is prefilled, against the longest without,
   and against the slowest step of such a prefill. On a small model with random weights, since the real one's context is
   shorter than that prompt.
 - first chunk: from the end of the prefill to the stream's first chunk, against one step of mlx-lm's own.
 
-All in one process, in turn; medians and their ratios are printed as JSON.
+All in one process, in turn; medians and their ratios go to standard error as a table and to standard output as JSON.
 """
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 
-from omlx_core.mlx_backend import backend_name, mx
+from omlx_core.mlx_backend import mx
 
-from harness import seconds
+from harness import Figure, print_report, print_table, seconds
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm_alone import batch_generator_arrivals_s
+from models import SHAPES, build
 from tqdm import tqdm
 
 from omlx_core import CacheSettings, Engine, EngineSettings
 from omlx_core.model.loading import load_model
 from omlx_core.model.sample_model import ensure_sample_model
+from omlx_core.request_timing import draw_tokens
 
 BATCH_SIZE = 8
 
 
 def make_prompt(seed: int, num_tokens: int) -> list[int]:
-    return [(7919 * (seed + 1) + 31 * i) % 40000 + 100 for i in range(num_tokens)]
-
-
-def batch_generate(loaded, prompts, num_tokens) -> None:
-    from mlx_lm.generate import BatchGenerator
-
-    generator = BatchGenerator(loaded.model, prefill_batch_size=BATCH_SIZE)
-    generator.insert(prompts, [num_tokens] * len(prompts))
-    while generator.next_generated():
-        pass
-    generator.close()
+    return draw_tokens(seed, num_tokens, SHAPES["small-full"]["vocab_size"])
 
 
 def longest_gap_s(engine, prompt, num_tokens, meanwhile=None) -> float:
@@ -68,25 +58,6 @@ def longest_gap_s(engine, prompt, num_tokens, meanwhile=None) -> float:
     if worker:
         worker.join()
     return max(gaps_s)
-
-
-def make_random_model():
-    """A llama of four layers with a long context."""
-    from mlx_lm.models.llama import Model, ModelArgs
-
-    return Model(
-        ModelArgs(
-            model_type="llama",
-            hidden_size=256,
-            num_hidden_layers=4,
-            intermediate_size=512,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            vocab_size=40200,
-            max_position_embeddings=131072,
-        )
-    )
 
 
 def slowest_step_s(engine, prompt) -> float:
@@ -131,18 +102,18 @@ def main() -> None:
     settings = EngineSettings(prefill_step_size=args.step)
     with (
         Engine(loaded.model, cache=CacheSettings(), settings=settings) as engine,
-        Engine(make_random_model(), cache=CacheSettings(), settings=settings) as long_engine,
+        Engine(build("small-full"), cache=CacheSettings(), settings=settings) as long_engine,
     ):
 
         def ask(prompt) -> None:
             engine.generate(prompt, max_tokens=args.tokens)
 
         engine.generate(make_prompt(0, 8), max_tokens=2)
-        batch_generate(loaded, [make_prompt(0, 8)], 2)
+        batch_generator_arrivals_s(loaded.model, [make_prompt(0, 8)], 2)
         seed = 0
         for _ in tqdm(range(args.runs), desc="runs"):
             prompts = [make_prompt(seed := seed + 1, args.prompt) for _ in range(BATCH_SIZE)]
-            measure("batch_generate", seconds(lambda p=prompts: batch_generate(loaded, p, args.tokens)))
+            measure("mlx-lm", seconds(lambda p=prompts: batch_generator_arrivals_s(loaded.model, p, args.tokens)))
             prompts = [make_prompt(seed := seed + 1, args.prompt) for _ in range(BATCH_SIZE)]
             with ThreadPoolExecutor(BATCH_SIZE) as callers:
                 measure("at once", seconds(lambda p=prompts, c=callers: list(c.map(ask, p))))
@@ -159,25 +130,19 @@ def main() -> None:
             measure("first chunk", first_chunk_s(engine, make_prompt(seed := seed + 1, args.prompt)))
             measure("own first step", own_first_step_s(loaded, make_prompt(seed := seed + 1, args.prompt)))
     median_s = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        json.dumps(
-            {
-                "machine": f"{platform.system()} {platform.machine()}, {backend_name()}",
-                "versions": {name: version(name) for name in ("omlx-plugins", "mlx", "mlx-lm")},
-                "arguments": vars(args),
-                "median_s": {name: round(value, 4) for name, value in median_s.items()},
-                "ratios": {
-                    "throughput at once / in turn": round(median_s["in turn"] / median_s["at once"], 3),
-                    "throughput / batch_generate": round(median_s["batch_generate"] / median_s["at once"], 3),
-                    "longest gap / slowest prefill step": round(
-                        median_s["gap beside a prefill"] / median_s["slowest prefill step"], 3
-                    ),
-                    "first chunk / own first step": round(median_s["first chunk"] / median_s["own first step"], 3),
-                },
-            },
-            indent=2,
-        )
-    )
+
+    def ratio(operation: str, over: str, under: str) -> Figure:
+        return Figure(operation, median_s[over] / median_s[under], "x")
+
+    figures = [
+        ratio("throughput at once / in turn", "in turn", "at once"),
+        ratio("throughput / mlx-lm BatchGenerator", "mlx-lm", "at once"),
+        ratio("longest gap beside a prefill / slowest prefill step", "gap beside a prefill", "slowest prefill step"),
+        ratio("first chunk / mlx-lm's own first step", "first chunk", "own first step"),
+        *(Figure(name, 1e3 * value_s, "ms") for name, value_s in median_s.items()),
+    ]
+    print_table(figures)
+    print_report(arguments=vars(args), figures=[figure.as_dict() for figure in figures])
 
 
 if __name__ == "__main__":

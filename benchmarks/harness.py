@@ -7,21 +7,18 @@ can then be trusted where the times themselves can't.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
-
-from omlx_core.mlx_backend import backend_name
 
 from tqdm import trange
 
-DISTRIBUTIONS = ("omlx-plugins", "mlx", "mlx-lm", "numpy")
+from omlx_core.environment import describe_environment
+
+ENVIRONMENT = describe_environment()  # taken before anything is measured: its load is what else the machine does
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -58,21 +55,9 @@ def medians_in_turn(
     return {name: statistics.median(samples) for name, samples in values.items()}
 
 
-def environment(*more_distributions: str) -> dict[str, Any]:
-    """The machine, what computes on it, and the versions of what is measured."""
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "backend": backend_name(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in (*DISTRIBUTIONS, *more_distributions)},
-        },
-    }
-
-
 def print_report(**content: Any) -> None:
     """Print the environment and what was found as JSON, to standard output."""
-    json.dump({**environment(), **content}, sys.stdout, indent=2)
+    json.dump({**ENVIRONMENT, **content}, sys.stdout, indent=2)
     print()
 
 
@@ -84,18 +69,24 @@ class Figure:
         operation: what was measured, and against what.
         value: the figure.
         unit: its unit, such as "ms"; "x" for a ratio.
-        bar: the highest value that is good enough.
+        bar: the highest value that is good enough; None if the figure only informs.
+        is_floor: the bar is the lowest that is good enough instead.
+        limit: the same, of the way that it is set against: what the hardware or the other library takes.
     """
 
     operation: str
     value: float
     unit: str
-    bar: float
+    bar: float | None = None
+    is_floor: bool = False
+    limit: float | None = None
 
     @property
-    def is_met(self) -> bool:
-        """Whether the bar is kept."""
-        return self.value <= self.bar
+    def is_met(self) -> bool | None:
+        """Whether the bar is kept; None without one."""
+        if self.bar is None:
+            return None
+        return self.value >= self.bar if self.is_floor else self.value <= self.bar
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
@@ -104,16 +95,20 @@ class Figure:
             "value": float(f"{self.value:.4g}"),
             "unit": self.unit,
             "bar": self.bar,
+            "is_floor": self.is_floor,
+            "limit": None if self.limit is None else float(f"{self.limit:.4g}"),
             "met": self.is_met,
         }
 
 
 def print_table(figures: Sequence[Figure]) -> None:
     """Print the figures for people, to standard error, so that standard output is JSON alone."""
-    rows = [("operation", "measured", "bar", "")]
+    rows = [("operation", "measured", "limit", "bar", "")]
     for figure in figures:
-        measured, bar = f"{figure.value:.3g} {figure.unit}", f"<= {figure.bar:g} {figure.unit}"
-        rows.append((figure.operation, measured, bar, "met" if figure.is_met else "MISSED"))
+        limit = "" if figure.limit is None else f"{figure.limit:.3g} {figure.unit}"
+        bar = "" if figure.bar is None else f"{'>=' if figure.is_floor else '<='} {figure.bar:.3g} {figure.unit}"
+        met = {None: "", True: "met", False: "MISSED"}[figure.is_met]
+        rows.append((figure.operation, f"{figure.value:.3g} {figure.unit}", limit, bar, met))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)

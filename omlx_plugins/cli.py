@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from omlx_core.engine.params import GenerationOptions, GenerationParams
 from omlx_core.errors import InvalidPromptError, MissingDependencyError, OMLXError
 from omlx_core.settings import CacheSettings
 from omlx_core.sizes import format_size
+from omlx_plugins.extras import import_with_extra
 
 if TYPE_CHECKING:
     from omlx_core import GenerationResult
@@ -91,6 +93,37 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
     demo.add_argument("--model", help="a folder or a repository id (default: the sample model)")
     _add_cache_flags(demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure what the cache is worth for a model on this machine",
+        description="Time to the first token, cold, from RAM, from SSD in a new process, for the next turn and for a "
+        "branch, and the decoding speed: medians of several runs, each with random prompts of its own.",
+        allow_abbrev=False,
+    )
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--model", help="a folder or a repository id (default: the sample model)")
+    bench.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="lengths of the context (default: 1024 and 4096, if they fit)",
+    )
+    bench.add_argument("--runs", type=int, default=3, metavar="N", help="of each (default: 3)")
+    bench.add_argument(
+        "--decode-tokens", type=int, default=64, metavar="N", help="length of the answers to decode (default: 64)"
+    )
+    bench.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where on the disk in question to write (default: the user's cache folder); what is written is removed",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, the machine and the versions")
+    bench.add_argument("--svg", type=Path, metavar="FILE", help="write a plot; needs the extra bench")
+    group = bench.add_argument_group("cache", argument_default=argparse.SUPPRESS)
+    group.add_argument("--block-size", type=int, metavar="TOKENS", help="tokens in a block (default: 256)")
 
     sample_model = commands.add_parser("sample-model", help="fetch a small model once and print its path")
     sample_model.set_defaults(command=_sample_model)
@@ -209,6 +242,23 @@ def _demo(args: argparse.Namespace) -> int:
         ) from exc
 
     return run(model=args.model, cache_options=_cache_options(args))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.svg is not None:
+        import_with_extra("matplotlib", "rc_context", extra="bench", package="matplotlib")  # before all is measured
+    from omlx_plugins.bench.run import run
+
+    return run(
+        model=args.model,
+        tokens=args.tokens,
+        runs=args.runs,
+        decode_tokens=args.decode_tokens,
+        directory=args.directory,
+        json_path=args.json,
+        svg_path=args.svg,
+        cache_options=_cache_options(args),
+    )
 
 
 def _sample_model(_: argparse.Namespace) -> int:

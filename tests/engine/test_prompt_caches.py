@@ -169,3 +169,17 @@ def test_bound_of_a_model_that_sets_its_own_is_said_to_have_no_effect(caplog):
     with open_engine(tiny_gemma3(), EngineSettings()) as engine:
         assert bounded.logprobs == generate(engine, prompt).logprobs
     assert "max_kv_size=20 has no effect" in caplog.text
+
+
+def test_a_prompt_gets_its_room_with_the_first_step_and_never_moves_again(monkeypatch):
+    capacities = []
+    with Engine(tiny_qwen3(), settings=EngineSettings(prefill_step_size=64)) as engine:
+        compute = engine._scheduler._compute
+
+        def compute_and_look(request, token_ids):
+            compute(request, token_ids)
+            capacities.append({leaf.keys.shape[2] for leaf in request.prompt_cache})
+
+        monkeypatch.setattr(engine._scheduler, "_compute", compute_and_look)
+        engine.generate(list(range(1, 501)), max_tokens=1)
+    assert capacities == [{500}] * 8

@@ -357,6 +357,56 @@ def test_request_cancelled_while_it_is_read_lets_go(cold_engine, monkeypatch):
         reads.let_go.set()
 
 
+@pytest.fixture
+def full_engine(model):
+    """One stream decodes, and four requests wait: three have been matched, the last is in line."""
+    with Engine(model, cache=CACHE, settings=EngineSettings(max_batch_size=1)) as engine:
+        stream = engine.stream(tokens(40, seed=9), max_tokens=3000)
+        next(stream)
+        with ThreadPoolExecutor(4) as callers:
+            waiting = [callers.submit(engine.generate, tokens(40, seed=n), max_tokens=1) for n in range(4)]
+            while len(engine._scheduler._waiting) < 1:
+                next(stream)
+            yield engine, stream
+            stream.close()
+            assert all(len(future.result(30).token_ids) == 1 for future in waiting)
+        assert_nothing_is_held(engine)
+
+
+def test_request_times_out_while_it_waits_in_line(full_engine):
+    engine, _ = full_engine
+    with pytest.raises(RequestTimeoutError, match="while it waited in line"):
+        engine.generate(tokens(50), timeout_s=0.2)
+
+
+def test_request_cancelled_in_line_lets_go_at_once(full_engine):
+    engine, stream = full_engine
+    submitted = []
+    submit = engine._scheduler.submit
+    engine._scheduler.submit = lambda request: (submitted.append(request), submit(request))
+    with ThreadPoolExecutor(1) as caller:
+        future = caller.submit(engine.generate, tokens(50))
+        while len(engine._scheduler._waiting) < 2:
+            next(stream)
+        submitted[0].cancel()
+        engine._scheduler.wake()
+        with pytest.raises(RequestCancelledError, match="while it waited in line"):
+            future.result(30)
+
+
+def test_a_step_does_not_search_a_line_in_which_nothing_has_changed(full_engine, monkeypatch):
+    engine, stream = full_engine
+    engine._scheduler.thread.call(lambda: None)
+    [in_line] = engine._scheduler._waiting
+    searched = []
+    with monkeypatch.context() as patched:
+        patched.setattr(type(in_line), "is_overdue", lambda request, _: searched.append(request))
+        for _ in range(20):
+            next(stream)
+    assert searched, "no step was made"
+    assert in_line not in searched
+
+
 # Progress.
 
 

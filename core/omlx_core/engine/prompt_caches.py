@@ -65,6 +65,22 @@ class PromptCaches:
         cache: PromptCache = make_prompt_cache(self._model, self._max_kv_size)
         return cache
 
+    def reserve(self, prompt_cache: PromptCache, num_tokens: int) -> None:
+        """Give layers that keep every row room for a whole prompt, once its first step has shown their rows' shape.
+
+        mlx-lm's cache grows by a copy of itself with each step, which takes a time that grows with the square of a
+        prompt. Those that will be quantized are left alone: their room would be quantized too.
+
+        Args:
+            prompt_cache: holds the first step.
+            num_tokens: of the prompt.
+        """
+        if self.quantization is not None:
+            return
+        for leaf in leaves_of(prompt_cache).values():
+            if type(leaf) is KVCache and leaf.keys is not None and leaf.keys.shape[2] < num_tokens:
+                leaf.keys, leaf.values = (_with_room(rows, num_tokens) for rows in (leaf.keys, leaf.values))
+
     def prepare_step(self, prompt_cache: PromptCache) -> None:
         """To be called before each step of a sequence: quantizes what is due."""
         if self.quantization is not None:
@@ -109,3 +125,9 @@ class PromptCaches:
                 f"kv_bits={how.bits}, kv_group_size={how.group_size}: {name} can't run on quantized keys and values "
                 f"({type(exc).__name__}: {exc}): leave kv_bits out, or try another kv_group_size"
             ) from exc
+
+
+def _with_room(rows: mx.array, num_tokens: int) -> mx.array:
+    """Rows ``[batch, heads, tokens, size]``, and zeros up to so many tokens."""
+    num_missing = num_tokens - rows.shape[2]
+    return mx.concatenate([rows, mx.zeros((*rows.shape[:2], num_missing, rows.shape[3]), rows.dtype)], axis=2)

@@ -13,6 +13,7 @@ short that several fit into one step join the batch together, so that it doesn't
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ class Scheduler:
     def __init__(self, name: str, settings: EngineSettings) -> None:
         self._settings = settings
         self.occupancy = Occupancy(settings.max_waiting_requests)
+        self._line_may_be_overdue = False  # it is searched only then, lest a step take longer the longer the line is
+        self._next_deadline_s = math.inf
         self._waiting: deque[Request] = deque()
         self._reading: list[Request] = []
         self._prefilling: Request | None = None
@@ -76,14 +79,15 @@ class Scheduler:
         num_samples = len(request.samples)
         self.occupancy.enter(num_samples)
         try:
-            self.thread.send(partial(self._waiting.append, request))
+            self.thread.send(partial(self._enter_line, request))
         except OMLXError:
             self.occupancy.leave_line(num_samples)
             self.occupancy.leave(num_samples)
             raise
 
     def wake(self) -> None:
-        """Make an idle thread look around, for a cancelled request or a finished read."""
+        """Make the thread look around, for a cancelled request or a finished read."""
+        self._line_may_be_overdue = True
         self.thread.wake()
 
     # On the MLX thread.
@@ -153,6 +157,10 @@ class Scheduler:
             raise CacheInvariantError("a request came before the model")
         return self._batches
 
+    def _enter_line(self, request: Request) -> None:
+        self._waiting.append(request)
+        self._line_may_be_overdue = True  # what was cancelled on its way here has been looked for in vain
+
     @property
     def _prefixes(self) -> PrefixReuse:
         if self._reuse is None:
@@ -165,10 +173,13 @@ class Scheduler:
             raise CacheInvariantError("a request came before the model")
         return self._caches
 
-    def _all(self) -> Iterator[Request]:
+    def _under_way(self) -> Iterator[Request]:
         yield from self._decoding.values()
         yield from [self._prefilling] if self._prefilling else []
         yield from self._reading
+
+    def _all(self) -> Iterator[Request]:
+        yield from self._under_way()
         yield from self._waiting
 
     def _idle_s(self) -> float | None:
@@ -177,8 +188,8 @@ class Scheduler:
             return 0.0
         if self._waiting and len(self._reading) < _READ_AHEAD:
             return 0.0
-        deadlines_s = [request.deadline_s for request in self._all() if request.deadline_s is not None]
-        return max(0.0, min(deadlines_s) - time.perf_counter()) if deadlines_s else None
+        next_s = -math.inf if self._line_may_be_overdue else self._next_deadline_s
+        return None if next_s == math.inf else max(0.0, next_s - time.perf_counter())
 
     def _end(self, request: Request, error: OMLXError) -> None:
         """Let go of a request that has left its place, and tell its callers why."""
@@ -194,21 +205,28 @@ class Scheduler:
     def _end_overdue(self) -> None:
         """Drop what was cancelled or has run out of time, wherever it is."""
         now_s = time.perf_counter()
-        overdue = [request for request in self._all() if request.is_overdue(now_s)]
-        for request in overdue:
-            if request is self._prefilling:
-                self._prefilling = None
-                self._end(request, request.why_overdue("during its prefill"))
-            elif request in self._reading:
-                self._reading.remove(request)
-                self._end(request, request.why_overdue("while its blocks were read"))
-            elif request in self._waiting:
-                self._waiting.remove(request)
-                self._end(request, request.why_overdue("while it waited in line"))
-        for uid in [uid for uid, request in self._decoding.items() if request in overdue]:
-            request = self._decoding[uid]
+        searches_line = self._line_may_be_overdue or now_s >= self._next_deadline_s
+        if searches_line:
+            self._line_may_be_overdue = False  # first: what is cancelled during the search is found by the next one
+        overdue = {each for each in (self._all() if searches_line else self._under_way()) if each.is_overdue(now_s)}
+        if not (overdue or searches_line):
+            return
+        if self._prefilling in overdue:
+            request, self._prefilling = self._prefilling, None
+            self._end(request, request.why_overdue("during its prefill"))
+        ended = [(request, "while its blocks were read") for request in self._reading if request in overdue]
+        if searches_line:
+            ended += [(request, "while it waited in line") for request in self._waiting if request in overdue]
+            self._waiting = deque(request for request in self._waiting if request not in overdue)
+        self._reading = [request for request in self._reading if request not in overdue]
+        for request, when in ended:
+            self._end(request, request.why_overdue(when))
+        for uid, request in [item for item in self._decoding.items() if item[1] in overdue]:
             self._remove_from_batch(uid)
             self._end(request, request.why_overdue("while it was answered"))
+        if searches_line:
+            deadlines_s = (request.deadline_s for request in self._all() if request.deadline_s is not None)
+            self._next_deadline_s = min(deadlines_s, default=math.inf)
 
     # Prefill.
 
@@ -294,6 +312,8 @@ class Scheduler:
         with mx.stream(generation_stream):
             self._prompt_caches.prepare_step(prompt_cache)
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
+            if not request.num_computed:
+                self._prompt_caches.reserve(prompt_cache, len(request.prompt_ids))
             mx.eval([layer.state for layer in prompt_cache])
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)

@@ -1,0 +1,41 @@
+"""Run the benchmarks one after the other, each into ``benchmarks/results/NAME.json``.
+
+    python benchmarks/run_all.py [--only whole_requests growth ...]
+
+On a machine that does nothing else: what else it did in the minute before is in each result, as its load. Afterwards
+`report.py` makes a page of the results. Results from other machines may be put beside these under names of their own,
+such as ``whole_requests-h100.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BENCHMARKS = ("whole_requests", "cache_ops", "overhead", "batching", "growth", "cold_tier", "writer_busy")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=BENCHMARKS)
+    args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    failed = []
+    for name in args.only:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=False, stdout=subprocess.PIPE)
+        if done.returncode:
+            failed.append(name)
+        else:  # only now: a benchmark that fails leaves the last result alone
+            (RESULTS / f"{name}.json").write_bytes(done.stdout)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
