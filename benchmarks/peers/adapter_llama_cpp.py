@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python: its saved state, in RAM and in a session file.
 
-Guarantees: a session file is written in place, without fsync, rename or checksum. The state is that of the context, the
-whole sequence. The model is the GGUF file itself, 4-bit weights on llama.cpp's own kernels, where ours and mlx-lm compute
-with the same weights in float32: compare its warm times with its own cold time.
+Guarantees: a session file is written in place, without fsync, rename or checksum. The state is that of the context,
+the whole sequence, its keys and values in float16. The model is the GGUF file itself, 4-bit weights on llama.cpp's own
+kernels, where ours and mlx-lm compute in float32 what these weights mean: compare its warm times with its own cold one.
 """
 
 import ctypes
@@ -36,9 +36,8 @@ def ask_twice(model: str, directory: str, prompt: list[int], warm_up: list[int],
     state = llama.save_state()
     tokens = llama.input_ids[: llama.n_tokens].tolist()
     session = str(Path(directory) / FILE_NAME).encode()
-    if not llama_cpp.llama_state_save_file(
-        llama.ctx, session, (llama_cpp.llama_token * len(tokens))(*tokens), len(tokens)
-    ):
+    token_array = (llama_cpp.llama_token * len(tokens))(*tokens)
+    if not llama_cpp.llama_state_save_file(llama.ctx, session, token_array, len(tokens)):
         raise RuntimeError("the session file was not written")
     answer(llama, warm_up, 1, Stopwatch())  # another prompt takes the context
     watch = Stopwatch()

@@ -1,4 +1,4 @@
-"""How an adapter talks to the benchmark: a line of JSON with a request comes in, a line of JSON with its answer goes out.
+"""How an adapter talks to the benchmark: a line of JSON with a request comes in, one with its answer goes out.
 
 Adapters run in environments that hold one peer and nothing of this project, so this module needs only the standard
 library. It also says what every adapter works on, so that all of them do the same work.

@@ -5,10 +5,11 @@
 Each peer runs from its own package, in a virtual environment of its own that is made at the first run; one that can't
 be installed is named and skipped. What each guarantees stands at the top of its adapter.
 
-- **cache**: no model, 64 MiB of keys and values of 4,096 tokens. *store* ends when the call returns, when the peer says
-  that the files are written, and when an fsync of them has returned as well (so that all are durable alike). *RAM* and
-  *restored* end when 32 more tokens are appended, which forces every copy that a lazy restore puts off; *restored* is in
-  a new process, the cache opened before, the files in the page cache or dropped from it. All restored bits are compared.
+- **cache**: no model, 64 MiB of keys and values of 4,096 tokens. *store* ends when the call returns, when the peer
+  says that the files are written, and when an fsync of them has returned as well (so that all are durable alike).
+  *RAM* and *restored* end when 32 more tokens are appended, which forces every copy that a lazy restore puts off;
+  *restored* is in a new process, the cache opened before, the files in the page cache or dropped from it. All restored
+  bits are compared.
 - **requests**: SmolLM2-135M asked for the same text three times; time to the first of 16 greedy tokens. The prompt ends
   half a block after a block, where a cache of blocks is expected to end on average.
 
