@@ -26,7 +26,7 @@ from omlx_core.engine import shared
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
 from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
-from omlx_plugins.langchain.messages import to_engine_messages
+from omlx_plugins.langchain.messages import convert_messages
 
 TIMEOUT_S = 30
 
@@ -287,7 +287,7 @@ def test_every_kind_of_message_gets_its_role():
         AIMessage("a"),
         ChatMessage("c", role="critic"),
     ]
-    assert to_engine_messages(messages) == [
+    assert convert_messages(messages).messages == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "h"},
         {
@@ -303,7 +303,7 @@ def test_every_kind_of_message_gets_its_role():
 
 def test_text_parts_keep_their_order():
     parts = ["one ", {"type": "text", "text": "two "}, {"type": "text", "text": "three", "cache_control": {}}]
-    assert to_engine_messages([HumanMessage(parts)]) == [{"role": "user", "content": "one two three"}]
+    assert convert_messages([HumanMessage(parts)]).messages == [{"role": "user", "content": "one two three"}]
 
 
 def test_earlier_reasoning_and_tool_use_parts_are_not_text():
@@ -312,7 +312,7 @@ def test_earlier_reasoning_and_tool_use_parts_are_not_text():
         {"type": "text", "text": "Yes"},
         {"type": "tool_use", "id": "1", "name": "add", "input": {}},
     ]
-    assert to_engine_messages([AIMessage(parts)])[0]["content"] == "Yes"
+    assert convert_messages([AIMessage(parts)])[0]["content"] == "Yes"
 
 
 @pytest.mark.parametrize(
@@ -328,12 +328,12 @@ def test_earlier_reasoning_and_tool_use_parts_are_not_text():
 )
 def test_a_part_that_is_not_text_is_an_error_that_says_where(part):
     with pytest.raises(InvalidPromptError, match=rf"message 1 has a part of type '{part['type']}'.*text only"):
-        to_engine_messages([HumanMessage("Look:"), HumanMessage([part])])
+        convert_messages([HumanMessage("Look:"), HumanMessage([part])])
 
 
 def test_a_message_that_no_model_takes_is_an_error():
     with pytest.raises(InvalidPromptError, match="message 0 is a RemoveMessage"):
-        to_engine_messages([RemoveMessage(id="1")])
+        convert_messages([RemoveMessage(id="1")])
 
 
 # The real engine
