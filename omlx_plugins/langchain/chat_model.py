@@ -93,9 +93,10 @@ class ChatOMLX(LangChainOMLX, BaseChatModel):
         Args:
             tools: LangChain's, pydantic classes, functions, typed dictionaries, or dictionaries in the form of OpenAI,
                 Anthropic or JSON schema.
-            tool_choice: None and ``"auto"`` leave it to the model, ``"none"`` forbids calls; ``"any"``, ``"required"``
-                and True demand one or more, and a tool's name, or a dictionary with it, one call of that tool. What is
-                demanded is guaranteed, which needs the extra ``structured``.
+            tool_choice: None and ``"auto"`` leave it to the model, ``"none"`` forbids calls; ``"any"`` and
+                ``"required"`` demand one or more; a tool's name, a dictionary with it, or True for the only tool that
+                there is, demand one call of that. What is demanded is guaranteed, which needs the extra
+                ``structured``.
             strict: enforce all of each tool's schema, and refuse one that can't be.
             parallel_tool_calls: False ends an answer with its first call.
             **kwargs: further options to bind.
@@ -105,10 +106,9 @@ class ChatOMLX(LangChainOMLX, BaseChatModel):
         """
         bound: dict[str, Any] = {"tools": convert_tools(tools, strict=strict)}
         if tool_choice is not None:
-            bound["tool_choice"] = convert_tool_choice(tool_choice)
+            bound["tool_choice"] = convert_tool_choice(tool_choice, bound["tools"])
         if parallel_tool_calls is not None:
             bound["parallel_tool_calls"] = parallel_tool_calls
-        self.generation_options(bound)  # a bad one is named here
         return super().bind(**bound, **kwargs)
 
     def with_structured_output(

@@ -106,8 +106,8 @@ class ChunkMaker:
         pieces = ({"name": name, "args": "", "id": call.id}, {"name": None, "args": arguments, "id": None})
         for piece in pieces:
             part = ToolCallChunk(**piece, index=index, type="tool_call_chunk")  # type: ignore[typeddict-item]
-            content: str | list[str | dict[Any, Any]] = [dict(part)] if self._as_blocks else ""
-            yield _generation(content=content, tool_call_chunks=[part])
+            # LangChain makes the standard block of it, where one is wanted.
+            yield _generation(content="", tool_call_chunks=[part])
 
 
 def _generation(**fields: Any) -> ChatGenerationChunk:

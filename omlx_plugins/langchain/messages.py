@@ -67,6 +67,7 @@ class _MessageConverter:
         self._texts: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
+        self._has_results = False
 
     def convert(self) -> None:
         message = self._message
@@ -79,7 +80,7 @@ class _MessageConverter:
         if isinstance(message, AIMessage):
             self._take_invalid_calls(message)
         converted = self._converted(role)
-        if self._texts or self._calls or not self._has_only_results(blocks):
+        if self._texts or self._calls or not self._has_results:
             self._conversation.messages.append(converted)
         if message.additional_kwargs.get("cache_control"):
             self._pin()
@@ -160,6 +161,7 @@ class _MessageConverter:
 
     def _take_result(self, block: Mapping[Any, Any]) -> None:
         """A tool's result within a human message, which is a message of its own for everyone else."""
+        self._has_results = True
         if self._texts:
             self._conversation.messages.append(self._converted(self._role()))
             self._texts.clear()
@@ -180,10 +182,6 @@ class _MessageConverter:
             f"{self._where} has a block of type {kind!r}, and this model is text only: leave the block out or describe "
             "it in words"
         )
-
-    @staticmethod
-    def _has_only_results(blocks: Sequence[Any]) -> bool:
-        return bool(blocks) and all(isinstance(block, dict) and block.get("type") == "tool_result" for block in blocks)
 
     def _pin(self, unfinished: dict[str, Any] | None = None) -> None:
         """Pin what was converted up to here."""

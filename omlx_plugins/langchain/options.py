@@ -27,7 +27,7 @@ def convert_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("tools") is not None:
         options["tools"] = convert_tools(options["tools"])
     if "tool_choice" in options:
-        options["tool_choice"] = convert_tool_choice(options["tool_choice"])
+        options["tool_choice"] = convert_tool_choice(options["tool_choice"], options.get("tools") or [])
     if options.get("parallel_tool_calls", 0) is None:
         del options["parallel_tool_calls"]
     response_format = options.pop("response_format", None)

@@ -39,27 +39,37 @@ def convert_tools(tools: Sequence[AnyTool], *, strict: bool | None = None) -> li
     return converted
 
 
-def convert_tool_choice(choice: Any) -> str:
+def convert_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
     """The engine's ``tool_choice``.
 
     Args:
-        choice: None and False leave it to the model, True is ``"any"``; ``"auto"``, ``"none"``, ``"any"``,
-            ``"required"``, a tool's name, or a dictionary in the form of OpenAI or Anthropic.
+        choice: None and False leave it to the model, True demands the only tool that there is; ``"auto"``, ``"none"``,
+            ``"any"``, ``"required"``, a tool's name, or a dictionary in the form of OpenAI or Anthropic.
+        tools: the tools, in OpenAI's form.
 
     Raises:
-        InvalidToolError: it is none of these.
+        InvalidToolError: it is none of these, or there is no such tool.
     """
     if choice is None or choice is False:
         return "auto"
     if choice is True:
-        return "required"
-    name = choice
+        if len(tools) != 1:
+            raise InvalidToolError(f"tool_choice=True with {len(tools)} tools: give the name of one, or 'any'")
+        name: str = tools[0]["function"]["name"]
+        return name
+    named: Any = choice
     if isinstance(choice, Mapping):
         function = choice.get("function")
-        name = choice.get("name") or (function.get("name") if isinstance(function, Mapping) else choice.get("type"))
-    if not isinstance(name, str) or not name:
+        named = choice.get("name") or (function.get("name") if isinstance(function, Mapping) else choice.get("type"))
+    if not isinstance(named, str) or not named:
         raise InvalidToolError(
             f"tool_choice={choice!r}: give 'auto', 'none', 'any', 'required', True, a tool's name, or "
             '{"type": "function", "function": {"name": …}}'
         )
-    return _CHOICES.get(name, name)
+    converted = _CHOICES.get(named, named)
+    names = [tool["function"]["name"] for tool in tools if "function" in tool]
+    if converted not in ("auto", "none", *names) and not (converted == "required" and names):
+        raise InvalidToolError(
+            f"tool_choice={choice!r} with the tools {names}: give the name of one of them, 'auto', 'none' or 'any'"
+        )
+    return converted
