@@ -37,7 +37,7 @@ class TestChatOMLX(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         # A model of this size says the same over and over, if nothing keeps it from that.
-        return {"model": self.sample_model, "kv_cache": CACHE, "max_tokens": 120, "repetition_penalty": 1.2}
+        return {"model": self.sample_model, "kv_cache": CACHE, "max_tokens": 80, "repetition_penalty": 1.2}
 
     @property
     def supports_json_mode(self) -> bool:
