@@ -74,9 +74,7 @@ async def test_whatever_a_model_takes_can_be_warmed(llm, engine, inputs, expecte
 
 
 def test_documents_are_warmed_as_a_prompt_shows_them(llm, engine):
-    prompt = ChatPromptTemplate(
-        [("system", "Use this: {context}"), ("placeholder", "{history}"), ("user", "{question}")]
-    )
+    prompt = ChatPromptTemplate([("system", "Use this: {context}"), ("placeholder", "{past}"), ("user", "{question}")])
     llm.warm([Document("one")], prompt=prompt, pin=True)
     [(chat, options)] = engine.prefills
     assert chat == [{"role": "system", "content": "Use this: one"}, {"role": "user", "content": ""}]
