@@ -14,6 +14,7 @@ from omlx_plugins.langchain import ChatOMLX
 
 OTHER_NAME = "the-same-model-by-another-name"
 CACHE = CacheSettings(block_size=16)
+END_TOKEN_ID = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,8 +37,14 @@ class TestChatOMLX(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        # A model of this size says the same over and over, if nothing keeps it from that.
-        return {"model": self.sample_model, "kv_cache": CACHE, "max_tokens": 80, "repetition_penalty": 1.2}
+        # A model of this size says the same over and over, and goes on calling, if nothing keeps it from that.
+        return {
+            "model": self.sample_model,
+            "kv_cache": CACHE,
+            "max_tokens": 80,
+            "repetition_penalty": 1.2,
+            "logit_bias": {END_TOKEN_ID: 6.0},
+        }
 
     @property
     def supports_json_mode(self) -> bool:
