@@ -41,7 +41,7 @@ class TestChatOMLX(ChatModelIntegrationTests):
         return {
             "model": self.sample_model,
             "kv_cache": CACHE,
-            "max_tokens": 80,
+            "max_tokens": 160,
             "repetition_penalty": 1.2,
             "logit_bias": {END_TOKEN_ID: 6.0},
         }
@@ -73,3 +73,12 @@ class TestChatOMLX(ChatModelIntegrationTests):
             answer = llm.invoke(messages)
         assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
         return answer
+
+    @pytest.mark.xfail(reason="a model of 135M parameters seldom calls a tool that it needn't call", strict=False)
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_agent_loop(self, model: ChatOMLX) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(reason="a model of 135M parameters doesn't copy Chinese from its prompt", strict=False)
+    def test_unicode_tool_call_integration(self, model: ChatOMLX) -> None:
+        super().test_unicode_tool_call_integration(model)
