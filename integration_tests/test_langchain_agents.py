@@ -73,7 +73,7 @@ async def test_parallel_branches_share_their_prefix(llm, document):
 
 def test_agent_with_a_response_format_calls_a_tool_or_answers_with_the_schema(llm):
     agent = create_agent(llm.model_copy(update={"max_tokens": 60}), [get_weather], response_format=Report)
-    [update] = list(agent.stream({"messages": [("user", "How is the weather in Rome?")]}, stream_mode="updates"))[:1]
+    update = next(agent.stream({"messages": [("user", "How is the weather in Rome?")]}, stream_mode="updates"))
     [message] = update["model"]["messages"]
     if message.tool_calls:
         assert {call["name"] for call in message.tool_calls} == {"get_weather"}
