@@ -82,3 +82,7 @@ class TestChatOMLX(ChatModelIntegrationTests):
     @pytest.mark.xfail(reason="a model of 135M parameters doesn't copy Chinese from its prompt", strict=False)
     def test_unicode_tool_call_integration(self, model: ChatOMLX) -> None:
         super().test_unicode_tool_call_integration(model)
+
+    @pytest.mark.xfail(reason="a model of 135M parameters never ends a text that may be of any length", strict=False)
+    def test_structured_output_optional_param(self, model: ChatOMLX) -> None:
+        super().test_structured_output_optional_param(model)
