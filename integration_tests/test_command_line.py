@@ -37,7 +37,7 @@ def test_example_reuses_its_prefix_and_again_in_a_new_process(run_python, sample
     assert reused[1][0] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/langchain.md"])
 def test_documented_code_runs(run_python, sample_model, document, tmp_path, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -20,7 +20,13 @@ def test_it_has_every_public_method_and_property_of_the_engine():
     assert public(Engine) - {"from_pretrained"} <= public(FakeEngine())
 
 
-@pytest.mark.parametrize("name", ["generate", "agenerate", "stream", "astream", "sample", "asample", "close", "encode"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("generate", "agenerate", "stream", "astream", "sample", "asample", "prefill", "aprefill"),
+        *("count_tokens", "pins", "unpin", "close", "encode"),
+    ],
+)
 def test_its_methods_take_the_same_arguments(name):
     real, fake = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (Engine, FakeEngine))
     assert real == fake

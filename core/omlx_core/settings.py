@@ -62,6 +62,7 @@ class CacheSettings(_Settings):
             no limit.
         checkpoint_share: the largest part of each tier's size that checkpoints of recurrent layers may take, in
             (0, 1]; rows and windows may take all of it.
+        pin_share: the largest part of ``hot_cache_max_size`` that pinned prefixes may take, in (0, 1].
         paged_ssd_cache_dir: folder of the SSD tier, ``"auto"`` for one under the user's cache directory; None
             turns the tier off.
         paged_ssd_cache_max_size: most bytes in that folder, over all models: bytes, ``"100GB"`` or ``"20%"`` of
@@ -81,6 +82,7 @@ class CacheSettings(_Settings):
     initial_cache_blocks: int = Field(default=256, ge=1, le=10_000_000)
     hot_cache_max_size: StrictInt | str | None = None  # strict: True is no size
     checkpoint_share: float = Field(default=0.5, gt=0, le=1)
+    pin_share: float = Field(default=0.5, gt=0, le=1)
     paged_ssd_cache_dir: Path | None = None
     paged_ssd_cache_max_size: StrictInt | str = "100GB"
     ssd_min_free: StrictInt | str | None = None
@@ -115,6 +117,12 @@ class CacheSettings(_Settings):
             self.hot_cache_max_size, setting="hot_cache_max_size", percent_of_bytes=total_memory_bytes()
         )
         return size_bytes or None
+
+    @property
+    def max_pinned_bytes(self) -> int | None:
+        """What pinned prefixes may take of the hot tier, in bytes; None is no limit."""
+        max_bytes = self.hot_cache_max_bytes
+        return None if max_bytes is None else int(max_bytes * self.pin_share)
 
     def ssd_cache_max_bytes(self, volume_bytes: int) -> int:
         """The SSD tier's budget in bytes on a volume of that size."""

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from omlx_core.cache.pins import PinnedPrefix
 from omlx_core.engine.params import GenerationParams, Prompt
 from omlx_core.engine.results import (
     Divergence,
@@ -58,6 +59,7 @@ class FakeAnswer:
         usage: what it cost; None counts the answer's characters, and a prompt of 700 tokens of which 512 were in RAM
             and 128 on SSD.
         ttft_s: seconds to its first token.
+        duration_s: seconds to its end.
         logprob: the log-probability of each of its tokens, if they are asked for.
         divergence: where its prompt left what the cache knows.
         error: raised after the first piece instead of going on.
@@ -70,6 +72,7 @@ class FakeAnswer:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     ttft_s: float = 0.25
+    duration_s: float = 1.25
     logprob: float = -0.5
     divergence: Divergence | None = None
     error: BaseException | None = None
@@ -93,6 +96,7 @@ class FakeEngine:
         context_length: most tokens of prompt and answer.
         has_chat_template: whether chats can be counted.
         calls: all that it was asked, oldest first.
+        prefills: what it was to compute without an answer, oldest first; what is to be pinned of it stays pinned.
         threads: on which thread each call came.
         cancelled: set when a stream ends before its result came.
         is_closed: whether `close` was called; it then refuses requests.
@@ -105,10 +109,13 @@ class FakeEngine:
     context_length: int | None = 2048
     has_chat_template: bool = True
     calls: list[Call] = field(default_factory=list)
+    prefills: list[Call] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
     is_closed: bool = False
     cache: Any = field(default_factory=lambda: types.SimpleNamespace(ssd=None, subscribe=lambda _: lambda: None))
+
+    _unpinned: list[Call] = field(default_factory=list, repr=False)
 
     @property
     def num_active_requests(self) -> int:
@@ -132,9 +139,9 @@ class FakeEngine:
             token_ids += [item] if isinstance(item, int) else [2, 3, *map(ord, str(item.get("content") or "")), 4]
         return token_ids
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """How many tokens `encode` gives."""
-        return len(self.encode(prompt))
+    def count_tokens(self, prompt: Prompt, **options: Any) -> int:
+        """How many tokens `encode` gives, and one for each tool."""
+        return len(self.encode(prompt)) + len(GenerationParams.from_options(options).tools)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
         """The next answer of the script."""
@@ -157,13 +164,16 @@ class FakeEngine:
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[GenerationChunk]:
         """The next answer of the script, piece by piece."""
-        if self.is_closed:
-            raise EngineClosedError("the engine is closed: make a new one")
+        self._check_open()
         params = GenerationParams.from_options(options)
         self.calls.append(Call(prompt, options))
         self.threads.append(threading.get_ident())
         answer = self.answers[min(len(self.calls), len(self.answers)) - 1]
         return self._play(FakeAnswer([answer]) if isinstance(answer, str) else answer, params)
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise EngineClosedError("the engine is closed: make a new one")
 
     async def _aplay(self, stream: Generator[GenerationChunk]) -> AsyncGenerator[GenerationChunk]:
         try:
@@ -175,6 +185,35 @@ class FakeEngine:
     def astream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[GenerationChunk]:
         """The next answer of the script, piece by piece."""
         return self._aplay(self.stream(prompt, **options))
+
+    def prefill(self, prompt: Prompt, **options: Any) -> Usage:
+        """As if 512 of 700 tokens had been in RAM, and 128 on SSD."""
+        self._check_open()
+        GenerationParams.from_options(options)
+        self.prefills.append(Call(prompt, options))
+        return Usage(prompt_tokens=700, cached_tokens_hot=512, cached_tokens_cold=128)
+
+    async def aprefill(self, prompt: Prompt, **options: Any) -> Usage:
+        """The same."""
+        return self.prefill(prompt, **options)
+
+    def pins(self) -> list[PinnedPrefix]:
+        """One of 640 tokens for each request that pins something."""
+        return [PinnedPrefix(640, 640) for call in self._pinning()]
+
+    def unpin(self, prompt: Prompt | None = None, **options: Any) -> int:
+        """Forget those of a prompt, or all."""
+        GenerationParams.from_options(options)
+        unpinned = [call for call in self._pinning() if prompt is None or call.prompt == prompt]
+        self._unpinned += unpinned
+        return len(unpinned)
+
+    def _pinning(self) -> list[Call]:
+        return [
+            call
+            for call in (*self.calls, *self.prefills)
+            if call.options.get("pin") and not any(call is unpinned for unpinned in self._unpinned)
+        ]
 
     def close(self, *, drain: bool = False) -> None:
         """Refuse requests from now on."""
@@ -218,7 +257,13 @@ def _chunk(text: str, answer: FakeAnswer, params: GenerationParams, reasoning: s
 def _result(answer: FakeAnswer, params: GenerationParams) -> GenerationResult:
     text = "".join(answer.pieces)
     token_ids = [ord(character) for character in answer.reasoning + text]
-    usage = Usage(prompt_tokens=700, completion_tokens=len(token_ids), cached_tokens_hot=512, cached_tokens_cold=128)
+    usage = Usage(
+        prompt_tokens=700,
+        completion_tokens=len(token_ids),
+        cached_tokens_hot=512,
+        cached_tokens_cold=128,
+        reasoning_tokens=len(answer.reasoning),
+    )
     return GenerationResult(
         text=text,
         token_ids=token_ids,
@@ -230,4 +275,5 @@ def _result(answer: FakeAnswer, params: GenerationParams) -> GenerationResult:
         tool_calls=list(answer.tool_calls),
         invalid_tool_calls=list(answer.invalid_tool_calls),
         divergence=answer.divergence,
+        duration_s=answer.duration_s,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import (
@@ -17,67 +18,182 @@ from langchain_core.messages import (
 
 from omlx_core.errors import InvalidPromptError
 
-# Parts of an assistant's earlier answer that are not its text. Tool calls are also in `AIMessage.tool_calls`, and
-# chat templates leave earlier reasoning out.
-_ASSISTANT_ONLY = frozenset({"reasoning", "thinking", "redacted_thinking", "tool_call", "tool_use", "function_call"})
+_CALL_BLOCKS = ("tool_call", "tool_use")
+# Blocks of an earlier answer that stand elsewhere in the message too, or say nothing to a local model.
+_PASSED_OVER = frozenset(
+    {"redacted_thinking", "tool_call_chunk", "invalid_tool_call", "input_json_delta", "function_call"}
+)
 
 
-def to_engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Turn LangChain messages into ``{"role", "content"}`` messages for a chat template.
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as the engine takes them.
 
-    The text parts of a message are joined in their order; tool calls keep their arguments as a dict.
+    Attributes:
+        messages: each with ``role`` and ``content``, calls and results in OpenAI's form.
+        pinned: the messages up to the last block with ``cache_control``, of which the last has the text up to that
+            block only; empty if there is none.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    pinned: list[dict[str, Any]] = field(default_factory=list)
+
+
+def convert_messages(messages: Sequence[BaseMessage]) -> Conversation:
+    """Turn LangChain messages into what a chat template takes.
+
+    Text blocks are joined in their order, arguments of tools stay dictionaries, and earlier reasoning is handed on as
+    ``reasoning_content``, of which the template decides. Standard content blocks and Anthropic's ``tool_use``,
+    ``tool_result``, ``thinking`` and text ``document`` blocks are understood. A failed tool's result begins with
+    ``Error:``.
 
     Raises:
-        InvalidPromptError: a message of a kind that no model takes, or one with an image, audio or a file in it.
+        InvalidPromptError: a message of a kind that no model takes, or a block that isn't text, such as an image,
+            audio, a file or a video; with the message's position and the block's type.
     """
-    return [_to_engine_message(message, position) for position, message in enumerate(messages)]
+    conversation = Conversation()
+    for position, message in enumerate(messages):
+        _MessageConverter(message, position, conversation).convert()
+    return conversation
 
 
-def _to_engine_message(message: BaseMessage, position: int) -> dict[str, Any]:
-    converted: dict[str, Any] = {"role": _role(message, position), "content": _text(message, position)}
-    if isinstance(message, AIMessage) and message.tool_calls:
-        converted["tool_calls"] = [
-            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
-            for call in message.tool_calls
-        ]
-    elif isinstance(message, ToolMessage):
-        converted["tool_call_id"] = message.tool_call_id
-    if isinstance(message, ToolMessage | FunctionMessage) and message.name:
-        converted["name"] = message.name
-    return converted
+class _MessageConverter:
+    """Adds one message to a conversation."""
+
+    def __init__(self, message: BaseMessage, position: int, conversation: Conversation) -> None:
+        self._message = message
+        self._where = f"message {position}"
+        self._conversation = conversation
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._has_results = False
+
+    def convert(self) -> None:
+        message = self._message
+        role = self._role()
+        if isinstance(message, AIMessage):
+            self._take_answer(message)
+        blocks = [message.content] if isinstance(message.content, str) else message.content
+        for block in blocks:
+            self._take(block)
+        if isinstance(message, AIMessage):
+            self._take_invalid_calls(message)
+        converted = self._converted(role)
+        if self._texts or self._calls or not self._has_results:
+            self._conversation.messages.append(converted)
+        if message.additional_kwargs.get("cache_control"):
+            self._pin()
+
+    def _role(self) -> str:
+        match self._message:
+            case SystemMessage():
+                return "system"
+            case HumanMessage():
+                return "user"
+            case AIMessage():
+                return "assistant"
+            case ToolMessage() | FunctionMessage():
+                return "tool"
+            case ChatMessage():
+                return self._message.role
+        raise InvalidPromptError(
+            f"{self._where} is a {type(self._message).__name__}, which no model takes: send system, human, AI and tool "
+            "messages"
+        )
+
+    def _converted(self, role: str) -> dict[str, Any]:
+        """The message as far as it was taken."""
+        message = self._message
+        text = "".join(self._texts)
+        if isinstance(message, ToolMessage) and message.status == "error":
+            text = _as_error(text)
+        converted: dict[str, Any] = {"role": role, "content": text}
+        if self._reasoning:
+            converted["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            converted["tool_calls"] = list(self._calls)
+        if isinstance(message, ToolMessage):
+            converted["tool_call_id"] = message.tool_call_id
+        if message.name:
+            converted["name"] = message.name
+        return converted
+
+    def _take_answer(self, message: AIMessage) -> None:
+        """What stands beside an answer's content."""
+        reasoning = message.additional_kwargs.get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning:
+            self._reasoning.append(reasoning)
+        self._calls += [_call(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+
+    def _take_invalid_calls(self, message: AIMessage) -> None:
+        """Show the model what it wrote in place of calls, so that it can do better."""
+        for call in message.invalid_tool_calls:
+            written = f"{call['name'] or ''} {call['args'] or ''}".strip()
+            self._texts.append(f"\n{written}" if self._texts and any(self._texts) else written)
+
+    def _take(self, block: str | dict[Any, Any]) -> None:
+        if isinstance(block, str):
+            self._texts.append(block)
+            return
+        kind = block.get("type")
+        if kind == "tool_result" and isinstance(self._message, HumanMessage):
+            self._take_result(block)
+        elif isinstance(self._message, AIMessage) and self._is_of_answer(kind):
+            self._take_of_answer(kind, block)
+        else:
+            self._texts.append(self._text(block))
+        if block.get("cache_control"):
+            self._pin(self._converted(self._role()) if self._texts or self._calls else None)
+
+    @staticmethod
+    def _is_of_answer(kind: Any) -> bool:
+        return kind in ("reasoning", "thinking", *_CALL_BLOCKS) or kind in _PASSED_OVER
+
+    def _take_of_answer(self, kind: Any, block: Mapping[Any, Any]) -> None:
+        if kind in ("reasoning", "thinking"):
+            # Reasoning that also stands beside the content is not to be taken twice.
+            if "reasoning_content" not in self._message.additional_kwargs:
+                self._reasoning.append(str(block.get(kind) or ""))
+        elif kind in _CALL_BLOCKS and block.get("id") not in {call.get("id") for call in self._calls}:
+            arguments = block.get("args" if kind == "tool_call" else "input")
+            self._calls.append(_call(block.get("id"), str(block.get("name")), arguments or {}))
+
+    def _take_result(self, block: Mapping[Any, Any]) -> None:
+        """A tool's result within a human message, which is a message of its own for everyone else."""
+        self._has_results = True
+        if self._texts:
+            self._conversation.messages.append(self._converted(self._role()))
+            self._texts.clear()
+        content = block.get("content") or ""
+        parts = [content] if isinstance(content, str) else content
+        text = "".join(part if isinstance(part, str) else self._text(part) for part in parts)
+        result = {"role": "tool", "content": _as_error(text) if block.get("is_error") else text}
+        self._conversation.messages.append({**result, "tool_call_id": str(block.get("tool_use_id"))})
+
+    def _text(self, block: Mapping[Any, Any]) -> str:
+        kind, source = block.get("type"), block.get("source")
+        if kind in ("text", "text-plain") and isinstance(block.get("text"), str):
+            text: str = block["text"]
+            return text
+        if kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
+            return str(source.get("data"))
+        raise InvalidPromptError(
+            f"{self._where} has a block of type {kind!r}, and this model is text only: leave the block out or describe "
+            "it in words"
+        )
+
+    def _pin(self, unfinished: dict[str, Any] | None = None) -> None:
+        """Pin what was converted up to here."""
+        self._conversation.pinned[:] = self._conversation.messages
+        if unfinished is not None:
+            self._conversation.pinned.append(unfinished)
 
 
-def _role(message: BaseMessage, position: int) -> str:
-    match message:
-        case SystemMessage():
-            return "system"
-        case HumanMessage():
-            return "user"
-        case AIMessage():
-            return "assistant"
-        case ToolMessage() | FunctionMessage():
-            return "tool"
-        case ChatMessage():
-            return message.role
-    raise InvalidPromptError(
-        f"message {position} is a {type(message).__name__}, which no model takes: send system, human, AI and tool "
-        "messages"
-    )
+def _call(call_id: Any, name: str, arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return call if call_id is None else {**call, "id": call_id}
 
 
-def _text(message: BaseMessage, position: int) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    texts: list[str] = []
-    for part in message.content:
-        kind = "text" if isinstance(part, str) else part.get("type")
-        if isinstance(part, str):
-            texts.append(part)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif not (isinstance(message, AIMessage) and kind in _ASSISTANT_ONLY):
-            raise InvalidPromptError(
-                f"message {position} has a part of type {kind!r}, and this model is text only: leave the part out "
-                "or describe it in words"
-            )
-    return "".join(texts)
+def _as_error(text: str) -> str:
+    return text if text.lower().startswith("error") else f"Error: {text}"

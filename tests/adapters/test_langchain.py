@@ -2,22 +2,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
+import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core._api import suppress_langchain_beta_warning
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.load import dumps, loads
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
-    ChatMessage,
     HumanMessage,
-    RemoveMessage,
     SystemMessage,
-    ToolMessage,
 )
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_forms import FORMS, all_of
 from langchain_tests.unit_tests import ChatModelUnitTests
 from tiny_tokenizer import tiny_tokenizer
 
@@ -26,7 +29,6 @@ from omlx_core.engine import shared
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
 from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
-from omlx_plugins.langchain.messages import to_engine_messages
 
 TIMEOUT_S = 30
 
@@ -41,7 +43,17 @@ def llm(engine: FakeEngine) -> ChatOMLX:
     return ChatOMLX(engine=engine)
 
 
+@pytest.mark.filterwarnings("ignore::langchain_core._api.deprecation.LangChainDeprecationWarning")  # the suite's own
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
 class TestStandardSuite(ChatModelUnitTests):
+    @pytest.fixture(autouse=True)
+    def _allow_loading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`load` takes classes that LangChain doesn't list only if they are given to it, and the suite gives none."""
+        path = tuple(ChatOMLX.lc_id())
+        load = importlib.import_module("langchain_core.load.load")  # the package has a function of that name
+        monkeypatch.setitem(load.ALL_SERIALIZABLE_MAPPINGS, path, path)
+        monkeypatch.setattr(load, "_default_class_paths_cache", {})
+
     @property
     def chat_model_class(self) -> type[ChatOMLX]:
         return ChatOMLX
@@ -51,12 +63,17 @@ class TestStandardSuite(ChatModelUnitTests):
         return {"model": "some/model"}
 
     @property
-    def has_tool_calling(self) -> bool:
-        return False
+    def supports_anthropic_inputs(self) -> bool:
+        return True
 
     @property
-    def has_structured_output(self) -> bool:
-        return False
+    def supports_json_mode(self) -> bool:
+        return True
+
+
+def loaded(text: str) -> Any:
+    with suppress_langchain_beta_warning():
+        return loads(text, allowed_objects=[ChatOMLX], valid_namespaces=["omlx_plugins"])
 
 
 # Construction
@@ -131,7 +148,13 @@ def test_invoke_returns_text_usage_and_what_was_reused(llm):
         "model_name": "fake-model",
         "model_provider": "omlx",
         "finish_reason": "stop",
-        "omlx": {"cached_tokens_hot": 512, "cached_tokens_cold": 128, "ttft_s": 0.25},
+        "omlx": {
+            "cached_tokens_hot": 512,
+            "cached_tokens_cold": 128,
+            "ttft_s": 0.25,
+            "tokens_per_s": 4.0,
+            "divergence": None,
+        },
     }
 
 
@@ -153,17 +176,17 @@ def test_options_that_belong_to_a_call_are_not_fields_and_reach_the_engine(engin
         ChatOMLX(engine=engine, on_prefill=seen.append)
 
 
-@pytest.mark.parametrize("call", ["invoke", "stream", "ainvoke", "astream"])
+@pytest.mark.parametrize("call", FORMS)
 async def test_an_unknown_keyword_is_an_error_before_the_model_is_loaded(monkeypatch, call):
     monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: pytest.fail("loaded")))
     llm = ChatOMLX(model="some/model")
     with pytest.raises(UnknownParameterError, match="'tempo'"):
-        await _all(llm, call, "Hi", tempo=1)
+        await all_of(llm, call, "Hi", tempo=1)
 
 
-@pytest.mark.parametrize("call", ["invoke", "stream", "ainvoke", "astream"])
+@pytest.mark.parametrize("call", FORMS)
 async def test_every_form_sends_the_same_request(llm, engine, call):
-    await _all(llm, call, [SystemMessage("Be brief"), HumanMessage("Hi")], max_tokens=3)
+    await all_of(llm, call, [SystemMessage("Be brief"), HumanMessage("Hi")], max_tokens=3)
     prompt, options = engine.calls[0]
     assert prompt == [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
     assert options["max_tokens"] == 3
@@ -172,7 +195,7 @@ async def test_every_form_sends_the_same_request(llm, engine, call):
 
 @pytest.mark.parametrize("call", ["stream", "astream"])
 async def test_one_chunk_of_a_stream_carries_usage_and_it_is_the_last(llm, call):
-    chunks = await _all(llm, call, "Hi")
+    chunks = await all_of(llm, call, "Hi")
     assert [chunk.content for chunk in chunks] == ["Hel", "lo", ""]
     assert [chunk.chunk_position for chunk in chunks] == [None, None, "last"]
     assert [chunk.usage_metadata is not None for chunk in chunks] == [False, False, True]
@@ -182,18 +205,11 @@ async def test_one_chunk_of_a_stream_carries_usage_and_it_is_the_last(llm, call)
 @pytest.mark.parametrize("call", ["stream", "astream"])
 async def test_the_sum_of_a_stream_is_the_invoked_message(llm, call):
     invoked = llm.invoke("Hi")
-    first, *rest = await _all(llm, call, "Hi")
+    first, *rest = await all_of(llm, call, "Hi")
     total: AIMessageChunk = sum(rest, first)
     assert total.content == invoked.content
     assert total.usage_metadata == invoked.usage_metadata
     assert total.response_metadata == invoked.response_metadata
-
-
-def test_logprobs_have_openais_shape(engine):
-    message = ChatOMLX(engine=engine, logprobs=True).invoke("Hi")
-    content = message.response_metadata["logprobs"]["content"]
-    assert [entry["token"] for entry in content] == list("Hello")
-    assert content[0] == {"token": "H", "logprob": -0.5, "bytes": None, "top_logprobs": []}
 
 
 def test_batch_answers_each_prompt(llm, engine):
@@ -240,7 +256,7 @@ async def test_an_async_stream_closed_early_cancels_its_request(llm, engine):
 async def test_an_error_while_streaming_reaches_the_caller(llm, engine, call):
     engine.answers = [FakeAnswer(["Hel"], error=EngineError("the request failed"))]
     with pytest.raises(EngineError, match="the request failed"):
-        await _all(llm, call, "Hi")
+        await all_of(llm, call, "Hi")
 
 
 def test_a_chain_runs(llm, engine):
@@ -250,6 +266,123 @@ def test_a_chain_runs(llm, engine):
         {"role": "system", "content": "Context: c"},
         {"role": "user", "content": "q"},
     ]
+
+
+async def test_a_cancelled_task_cancels_its_request(engine):
+    waits, reached = asyncio.Event(), asyncio.Event()
+
+    async def agenerate(prompt: Any, **options: Any) -> Any:
+        try:
+            reached.set()
+            await waits.wait()
+        finally:
+            engine.cancelled.set()
+
+    engine.agenerate = agenerate
+    task = asyncio.create_task(ChatOMLX(engine=engine).ainvoke("Hi"))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.cancelled.is_set()
+
+
+@pytest.mark.parametrize("call", FORMS)
+async def test_a_call_can_ask_another_model(monkeypatch, call):
+    asked = FakeEngine(["other"], name="other")
+    specs = []
+    monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: specs.append(spec) or asked))
+    llm = ChatOMLX(engine=FakeEngine(["own"]), adapter_path="lora", max_tokens=5)
+    *_, last = await all_of(llm, call, "Hi", model="some/other")
+    assert last.response_metadata["model_name"] == "some/other"
+    assert [(spec.model, spec.adapter_path) for spec in specs] == [("some/other", None)]
+    assert asked.calls[0].options["max_tokens"] == 5
+    assert (await all_of(llm, call, "Hi", model="fake-model"))[-1].response_metadata["model_name"] == "fake-model"
+
+
+# Tracing, and what is written down
+
+
+def test_traces_have_the_options_that_a_call_was_made_with():
+    llm = ChatOMLX(model="some/model", temperature=0.5, max_tokens=9, stop="x")
+    assert llm._get_ls_params() == {
+        "ls_provider": "omlx",
+        "ls_model_name": "some/model",
+        "ls_model_type": "chat",
+        "ls_temperature": 0.5,
+        "ls_max_tokens": 9,
+        "ls_stop": ["x"],
+    }
+    assert llm._get_ls_params(stop=["y"], model="other")["ls_stop"] == ["y"]
+    assert llm._identifying_params["temperature"] == 0.5
+
+
+def test_a_model_survives_being_written_down_with_its_cache_and_without_its_engine(engine, tmp_path):
+    cache = CacheSettings(block_size=16, paged_ssd_cache_dir=tmp_path)
+    llm = ChatOMLX(engine=engine, kv_cache=cache, stop=["a"], logit_bias={3: 1.0})
+    text = dumps(llm)
+    assert "FakeEngine" not in text
+    copy = loaded(text)
+    assert isinstance(copy, ChatOMLX)
+    assert (copy.model, copy.kv_cache, copy.stop, copy.engine) == ("fake-model", cache, ["a"], None)
+    assert copy.logit_bias == {3: 1.0}
+
+
+def test_langchains_own_cache_keeps_answers_apart_by_options(engine):
+    engine.answers = ["one", "two"]
+    llm = ChatOMLX(engine=engine, cache=InMemoryCache())
+    assert [llm.invoke("Hi", temperature=t).content for t in (0, 0, 1)] == ["one", "one", "two"]
+
+
+# Profile
+
+
+def test_profile_of_an_engine_says_what_it_can(engine):
+    profile = ChatOMLX(engine=engine, max_tokens=7).profile
+    assert (profile["max_input_tokens"], profile["max_output_tokens"]) == (2048, 7)
+    assert profile["tool_calling"]
+    assert not profile["reasoning_output"]
+    assert not profile["image_inputs"]
+    engine.has_chat_template = False
+    assert not ChatOMLX(engine=engine).profile["tool_calling"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (4096, False, False)),
+        ({"chat_template.jinja": "{{ messages }}<think>"}, (4096, True, True)),
+        ({"tokenizer_config.json": json.dumps({"chat_template": "{{ messages }}"})}, (4096, True, False)),
+        (
+            {"tokenizer_config.json": json.dumps({"chat_template": [{"name": "default", "template": "<think>"}]})},
+            (4096, True, True),
+        ),
+        ({"config.json": json.dumps({"text_config": {"n_ctx": 12}})}, (12, False, False)),
+    ],
+)
+def test_profile_is_read_from_the_models_files(tmp_path, files, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096}))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    profile = ChatOMLX(model=tmp_path).profile
+    assert (profile["max_input_tokens"], profile["tool_calling"], profile["reasoning_output"]) == expected
+
+
+def test_profile_of_a_repository_is_read_where_it_was_fetched_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert "max_input_tokens" not in ChatOMLX(model="some/model").profile
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"max_position_embeddings": 99}))
+    assert ChatOMLX(model="some/model").profile["max_input_tokens"] == 99
+
+
+def test_without_the_extra_structured_the_profile_promises_no_constraints(monkeypatch, engine):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    profile = ChatOMLX(engine=engine).profile
+    assert (profile["structured_output"], profile["tool_choice"], profile["tool_calling"]) == (False, False, True)
 
 
 # Counting
@@ -264,6 +397,12 @@ def test_messages_are_counted_as_the_template_renders_them(llm):
     assert llm.get_num_tokens_from_messages([HumanMessage("Hi"), AIMessage("Yes")]) == 2 + 3 + 3 + 3
 
 
+def test_tools_are_counted_too(llm):
+    tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    counted = [llm.get_num_tokens_from_messages([HumanMessage("Hi")], tools) for tools in (None, [tool])]
+    assert counted == [2 + 3, 2 + 3 + 1]
+
+
 def test_messages_that_the_template_refuses_are_counted_one_by_one(llm, engine):
     engine.has_chat_template = False
     assert llm.get_num_tokens_from_messages([HumanMessage("Hi")]) == len("Human: Hi")
@@ -273,67 +412,6 @@ def test_an_engine_without_a_tokenizer_cannot_count(llm, engine):
     engine.tokenizer = None
     with pytest.raises(InvalidPromptError, match="'fake-model' has no tokenizer"):
         llm.get_token_ids("Hi")
-
-
-# Messages
-
-
-def test_every_kind_of_message_gets_its_role():
-    messages = [
-        SystemMessage("s"),
-        HumanMessage("h"),
-        AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "call-1"}]),
-        ToolMessage("2", tool_call_id="call-1", name="add"),
-        AIMessage("a"),
-        ChatMessage("c", role="critic"),
-    ]
-    assert to_engine_messages(messages) == [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "h"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call-1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
-        },
-        {"role": "tool", "content": "2", "tool_call_id": "call-1", "name": "add"},
-        {"role": "assistant", "content": "a"},
-        {"role": "critic", "content": "c"},
-    ]
-
-
-def test_text_parts_keep_their_order():
-    parts = ["one ", {"type": "text", "text": "two "}, {"type": "text", "text": "three", "cache_control": {}}]
-    assert to_engine_messages([HumanMessage(parts)]) == [{"role": "user", "content": "one two three"}]
-
-
-def test_earlier_reasoning_and_tool_use_parts_are_not_text():
-    parts = [
-        {"type": "reasoning", "reasoning": "hm"},
-        {"type": "text", "text": "Yes"},
-        {"type": "tool_use", "id": "1", "name": "add", "input": {}},
-    ]
-    assert to_engine_messages([AIMessage(parts)])[0]["content"] == "Yes"
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"type": "image_url", "image_url": {"url": "data:,"}},
-        {"type": "audio", "base64": "", "mime_type": "audio/wav"},
-        {"type": "file", "base64": "", "mime_type": "application/pdf"},
-        {"type": "reasoning", "reasoning": "in a user's message"},
-        {"type": "text"},
-    ],
-    ids=lambda part: part["type"],
-)
-def test_a_part_that_is_not_text_is_an_error_that_says_where(part):
-    with pytest.raises(InvalidPromptError, match=rf"message 1 has a part of type '{part['type']}'.*text only"):
-        to_engine_messages([HumanMessage("Look:"), HumanMessage([part])])
-
-
-def test_a_message_that_no_model_takes_is_an_error():
-    with pytest.raises(InvalidPromptError, match="message 0 is a RemoveMessage"):
-        to_engine_messages([RemoveMessage(id="1")])
 
 
 # The real engine
@@ -357,18 +435,3 @@ async def test_a_second_question_reuses_the_first_ones_prefix():
         assert (
             llm.get_num_tokens_from_messages([context, HumanMessage("first?")]) == (cold.usage_metadata["input_tokens"])
         )
-
-
-async def _all(llm: ChatOMLX, call: str, *args: Any, **kwargs: Any) -> list[Any]:
-    """What one of the four forms gives, as a list."""
-    method = getattr(llm, call)
-    match call:
-        case "invoke":
-            return [method(*args, **kwargs)]
-        case "stream":
-            return list(method(*args, **kwargs))
-        case "ainvoke":
-            return [await method(*args, **kwargs)]
-        case "astream":
-            return [chunk async for chunk in method(*args, **kwargs)]
-    raise ValueError(call)

@@ -97,6 +97,23 @@ def test_forced_calls_are_read_back_by_the_models_parser(model, parser, template
         assert names == [choice] or (choice == "required" and {*names} <= {"get_weather", "ping"})
 
 
+@pytest.mark.parametrize("constraint", [None, Choice(("none",))])
+def test_only_one_call_is_allowed_where_calls_are_not_to_be_parallel(constraint):
+    tokenizer = marked_tokenizer()
+    call = '<tool_call>{"name": "ping", "arguments": {}}</tool_call>'
+    for parallel in (True, False):
+        compiled = compile_calls(
+            tokenizer,
+            tool_choice="auto" if constraint else "required",
+            call_format=GENERIC_FORMAT,
+            constraint=constraint,
+            parallel_tool_calls=parallel,
+        )
+        last_allowed = allowed_along(compiled.make_processor(), tokenizer.encode(call, add_special_tokens=False))[-1]
+        assert (len(last_allowed) > 1) == parallel
+        assert tokenizer.eos_token_id in last_allowed
+
+
 @pytest.mark.parametrize(
     ("parser", "template", "text"),
     [

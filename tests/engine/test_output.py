@@ -45,11 +45,11 @@ def assemble(tokenizer, chat, text, *, ends_itself=True, ids=None, **options):
     deltas = []
     for token_id in tokenizer.encode(text, add_special_tokens=False) if ids is None else ids:
         deltas.append(output.add(token_id, None, is_end_token=False))
-        if output.has_met_stop_text:
+        if output.is_whole:
             break
-    if ends_itself and not output.has_met_stop_text:
+    if ends_itself and not output.is_whole:
         deltas.append(output.add(tokenizer.eos_token_id, None, is_end_token=True))
-    deltas.append(output.finish("stop" if ends_itself or output.has_met_stop_text else "length"))
+    deltas.append(output.finish("stop" if ends_itself or output.is_whole else "length"))
     return output, deltas
 
 
@@ -174,6 +174,25 @@ def test_marker_that_is_cut_off_is_text():
     assert (output.text, output.invalid_tool_calls) == ("a\n<tool_ca", [])
 
 
+def test_answer_that_may_call_once_ends_with_its_first_call(tokenizer, chat):
+    output, deltas = assemble(tokenizer, chat, f"Well.{ADD}\n{PARIS}", parallel_tool_calls=False)
+    assert [call.name for call in output.tool_calls] == ["add"]
+    assert joined(deltas)[0] == "Well."
+    assert output.finish_reason == "tool_calls"
+    assert tokenizer.decode(output.token_ids).endswith("</tool_call>")
+    assert not assemble(tokenizer, chat, "No call.", parallel_tool_calls=False)[0].tool_calls
+
+
+def test_tokens_of_reasoning_are_counted_with_their_markers(tokenizer, chat, thinking_chat):
+    def count(chat, answer):
+        return assemble(tokenizer, chat, answer)[0].reasoning_tokens
+
+    thought = tokenizer.encode("<think>hm hm</think>", add_special_tokens=False)
+    assert count(chat, "<think>hm hm</think>Yes") == len(thought)
+    assert count(thinking_chat, "hm hm</think>Yes") == len(thought) - 1
+    assert count(chat, "Yes") == 0
+
+
 def test_format_without_an_end_reaches_to_the_end_of_the_answer():
     tokenizer = chat_tokenizer("{{ tools | tojson if tools }}[TOOL_CALLS]", parser="mistral", markers=["<|im_end|>"])
     chat = ChatRenderer(tokenizer).render(USER, tools=TOOLS)
@@ -182,6 +201,9 @@ def test_format_without_an_end_reaches_to_the_end_of_the_answer():
     assert (output.text, calls_of(output)) == ("Well.", [("add", {"a": 1}), ("weather", {"city": "Rome"})])
     output, _ = assemble(tokenizer, chat, answer, ends_itself=False)
     assert (output.tool_calls, len(output.invalid_tool_calls)) == ([], 1)
+    output, deltas = assemble(tokenizer, chat, answer, parallel_tool_calls=False)
+    assert calls_of(output) == [("add", {"a": 1})]
+    assert [call.name for delta in deltas for call in delta.tool_calls] == ["add"]
 
 
 @pytest.mark.parametrize("tools", [[], TOOLS])

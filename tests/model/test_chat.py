@@ -277,7 +277,7 @@ def test_model_without_thinking_has_none_open():
 @pytest.mark.parametrize("renderer", ["qwen", "plain"])
 def test_opening_is_what_other_chats_begin_with_too(system, renderer, request):
     renderer = request.getfixturevalue(renderer)
-    opening = renderer.render_opening([*system, USER, CALLING, *RESULTS], tools=[ADD])
+    opening = renderer.render_opening(system, tools=[ADD])
     for other in ([USER], [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi"}]):
         text = renderer.render([*system, *other], tools=[ADD]).text
         assert text.startswith(opening[: opening.rindex("<|im_end|>")])

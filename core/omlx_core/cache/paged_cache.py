@@ -37,7 +37,7 @@ class HotCacheStats:
 
     Attributes:
         num_blocks: block records in the pool.
-        blocks_in_use: held by a running request; a block that eight requests share counts once.
+        blocks_in_use: held by a running request or a pinned prefix; one that eight of them share counts once.
         blocks_cached: held by nobody, waiting to be found again or evicted.
         hot_blocks: blocks whose tensors are in RAM.
         hot_bytes: their size in bytes.
@@ -290,6 +290,26 @@ class PagedCacheManager:
             parts=dict(table.parts),
             unsaved_parts=set(table.unsaved_parts),
         )
+
+    def hold_prefix(self, table: BlockTable, num_blocks: int, keys: Iterable[PartKey]) -> BlockTable:
+        """A table over the first published blocks of another, with some of that one's parts of them.
+
+        Raises:
+            CacheInvariantError: not so many are published.
+        """
+        if num_blocks > table.num_committed:
+            raise CacheInvariantError(f"{num_blocks} blocks are to be held, of {table.num_committed} published ones")
+        held = BlockTable(
+            table.extra_keys,
+            table.token_ids[: num_blocks * self.block_size],
+            table.blocks[:num_blocks],
+            num_committed=num_blocks,
+            parts={key: table.parts[key] for key in keys},
+        )
+        with self._lock:
+            for block in [*held.blocks, *held.parts.values()]:
+                self._pool.acquire(block)
+        return held
 
     def free_block_table(self, table: BlockTable) -> None:
         """Drop a table's references, tip first, so that leaves are evicted before the trunk. Idempotent."""

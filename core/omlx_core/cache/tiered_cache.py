@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
 from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockLayout, BlockPayload, RowBuffers, layout_size_bytes
 from omlx_core.cache.pending_restore import Content, PendingRestore, RowsContent, is_lost, lost
+from omlx_core.cache.pins import Needs, PinnedPrefix, PinnedPrefixes
 from omlx_core.cache.promotion import Promoter
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
@@ -46,9 +47,6 @@ class CapturedBlock:
 CaptureBlock = Callable[[int, int, bool], CapturedBlock | None]
 """Copies the tokens ``[start, stop)`` of a running sequence; without rows if the last argument says that RAM has them.
 None if they can't be had any more."""
-
-Needs = Callable[[int], Iterable[PartKey]]
-"""The parts that a restore of so many blocks needs."""
 
 Allocate = Callable[[BlockLayout], RowBuffers | None]
 """Memory for the rows of blocks of that layout; None if each block's rows are to be had by themselves."""
@@ -83,18 +81,26 @@ class CacheStats:
 class TieredCache:
     """The prefix cache of one model.
 
-    One thread, the engine's, calls match, restore, store and release; `stats` and `flush` are for any.
+    One thread, the engine's, calls match, restore, store, release and pin; `stats`, `flush`, `pins` and `unpin` are for
+    any.
 
     Args:
         paged: the hot tier.
         ssd: the SSD tier, if it is on.
         events: where to tell of hits and misses; the tiers tell of the rest.
+        max_pinned_bytes: most bytes in RAM that pinned prefixes may take; None is no limit.
     """
 
     def __init__(
-        self, paged: PagedCacheManager, ssd: PagedSSDCacheManager | None = None, events: EventBus | None = None
+        self,
+        paged: PagedCacheManager,
+        ssd: PagedSSDCacheManager | None = None,
+        events: EventBus | None = None,
+        *,
+        max_pinned_bytes: int | None = None,
     ) -> None:
         self._paged = paged
+        self._pins = PinnedPrefixes(paged, max_pinned_bytes)
         self._ssd = ssd
         self._events = EventBus() if events is None else events
         self._unsaved: deque[BlockTable] = deque()
@@ -269,6 +275,18 @@ class TieredCache:
         self._unsaved.append(table)
         self.retry_unsaved()
 
+    def pin(self, table: BlockTable, num_tokens: int, needs: Needs = lambda _: ()) -> int:
+        """Keep the beginning of a sequence in RAM until it is unpinned; see `PinnedPrefixes.pin`."""
+        return self._pins.pin(table, num_tokens, needs)
+
+    def pins(self) -> list[PinnedPrefix]:
+        """The prefixes that are kept in RAM, least recently used first."""
+        return self._pins.prefixes()
+
+    def unpin(self, token_ids: Sequence[int] | None = None, extra_keys: tuple[str, ...] = ()) -> int:
+        """Let go of pinned prefixes that a sequence begins with, or of all; returns how many there were."""
+        return self._pins.unpin(token_ids, extra_keys)
+
     def on_progress(self, wake: Callable[[], None]) -> None:
         """Say how to have `retry_unsaved` called; `wake` is called from the SSD tier's thread."""
         self._wake = wake
@@ -341,6 +359,7 @@ class TieredCache:
             while self._unsaved and self._ssd.flush(max(0.0, deadline_s - time.monotonic())):
                 self.retry_unsaved()
             self._ssd.close(max(0.0, deadline_s - time.monotonic()))
+        self._pins.unpin()
         self._events.close()
         self._unsaved.clear()
         self._paged.close()

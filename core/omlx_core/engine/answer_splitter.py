@@ -62,6 +62,11 @@ class AnswerSplitter:
         self._held_space = ""
         self._call_body = ""
 
+    @property
+    def is_in_reasoning(self) -> bool:
+        """Whether the answer is within the model's reasoning now."""
+        return self._state in (_REASONING, _CALL_IN_REASONING)
+
     def add(self, text: str) -> OutputDelta:
         """Take a piece of the answer."""
         delta = OutputDelta()

@@ -96,6 +96,7 @@ class ConstraintCompiler:
         *,
         tools: Sequence[Tool] = (),
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         call_format: ToolCallFormat | None = None,
         thinking_start: Sequence[int] = (),
         thinking_end: Sequence[int] = (),
@@ -109,6 +110,7 @@ class ConstraintCompiler:
             constraint: what the answer's text must follow.
             tools: what may be called.
             tool_choice: ``"auto"``, ``"none"``, ``"required"`` or a tool's name.
+            parallel_tool_calls: whether "one or more" may be more than one.
             call_format: how calls are written; None if the model is told of no tools.
             thinking_start: tokens with which the model may open thinking before its answer. Empty if it doesn't think,
                 is not to, or the prompt has opened or closed its thinking.
@@ -134,7 +136,9 @@ class ConstraintCompiler:
             if not tools:
                 raise InvalidToolError(f"tool_choice={tool_choice!r} is none of the request's tools: give such a tool")
             constraint = None
-        text = self._grammar(constraint, tools, tool_choice, call_format, after_thinking=bool(thinking_end))
+        is_single = not parallel_tool_calls or tool_choice not in ("auto", "required")
+        calls = self._call_rules(tools, tool_choice, call_format, is_single=is_single) if tools else []
+        text = self._grammar(constraint, calls, after_thinking=bool(thinking_end))
         matcher = self._matcher(text)
         if matcher is None:
             matcher = _new_matcher(tokenizer, text)
@@ -150,23 +154,13 @@ class ConstraintCompiler:
             call_start=self._call_start(call_format) if tools and call_format is not None else None,
         )
 
-    def _grammar(
-        self,
-        constraint: Constraint | None,
-        tools: Sequence[Tool],
-        tool_choice: str,
-        call_format: ToolCallFormat | None,
-        *,
-        after_thinking: bool,
-    ) -> str:
-        """The grammar of calls or an answer, as llguidance takes it."""
-        if isinstance(constraint, Grammar) and not tools and not after_thinking:
+    @staticmethod
+    def _grammar(constraint: Constraint | None, calls: list[str], *, after_thinking: bool) -> str:
+        """The grammar of calls, by their rules, or an answer, as llguidance takes it."""
+        if isinstance(constraint, Grammar) and not calls and not after_thinking:
             return constraint.lark
-        rules: list[str] = []
-        alternatives: list[str] = []
-        if tools:
-            alternatives.append("calls")
-            rules += self._call_rules(tools, tool_choice, call_format)
+        rules = list(calls)
+        alternatives = ["calls"] if calls else []
         if constraint is not None:
             alternatives.append("answer")
             rules.append(_answer_rule(constraint))
@@ -178,7 +172,9 @@ class ConstraintCompiler:
             {"grammars": [{"lark_grammar": lark}, {"name": _OWN_GRAMMAR, "lark_grammar": constraint.lark}]}
         )
 
-    def _call_rules(self, tools: Sequence[Tool], tool_choice: str, call_format: ToolCallFormat | None) -> list[str]:
+    def _call_rules(
+        self, tools: Sequence[Tool], tool_choice: str, call_format: ToolCallFormat | None, *, is_single: bool
+    ) -> list[str]:
         if call_format is None:
             raise InvalidToolError(
                 f"tool_choice={tool_choice!r}: how calls are written isn't known: give a tool_format"
@@ -187,7 +183,7 @@ class ConstraintCompiler:
         if syntax is not None:
             # The same few texts stand around every argument of every tool.
             split = functools.cache(self._split)
-            return call_rules(tools, syntax, split, is_single=tool_choice not in ("auto", "required"))
+            return call_rules(tools, syntax, split, is_single=is_single)
         if tool_choice == "auto":
             return unknown_call_rules(call_format.start, call_format.end, self._split)
         raise InvalidToolError(

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +14,19 @@ from typing import Any, Self, Unpack
 
 from omlx_core.mlx_backend import mx
 
+from omlx_core.cache.pins import PinnedPrefix
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.calls import arun, results_of, run
-from omlx_core.engine.params import GenerationOptions, Prompt
+from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.prefix_cache import open_prefix_cache
 from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.preparation import RequestMaker
 from omlx_core.engine.prompt_caches import PromptCaches
-from omlx_core.engine.results import GenerationChunk, GenerationResult
+from omlx_core.engine.results import GenerationChunk, GenerationResult, Usage
 from omlx_core.engine.scheduler import Scheduler
 from omlx_core.engine.speculative import DraftedModel
 from omlx_core.errors import InvalidSettingError
+from omlx_core.model.chat_messages import with_user_turn
 from omlx_core.model.fingerprint import model_arrays
 from omlx_core.model.load_progress import OnLoadProgress
 from omlx_core.model.loading import LoadedModel, load_model
@@ -195,13 +197,18 @@ class Engine:
         """
         return self._maker.encoder.encode(prompt).token_ids
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    def count_tokens(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> int:
         """How many tokens a prompt has, the template's included, whether or not it fits the context.
+
+        Args:
+            prompt: token ids, text, or chat messages.
+            **options: see `GenerationParams`; those for chats count, such as the tools.
 
         Raises:
             InvalidPromptError: it is empty or malformed.
+            InvalidRequestError: an option can't be served.
         """
-        return len(self._maker.encoder.encode_unbounded(prompt).token_ids)
+        return len(self._maker.encoder.encode_unbounded(prompt, GenerationParams.from_options(options)).token_ids)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Answer a prompt and wait for the whole answer.
@@ -274,6 +281,54 @@ class Engine:
         """Like `sample`, on an event loop."""
         return await self._asample(prompt, n, options)
 
+    def prefill(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Usage:
+        """Compute a prompt and keep it in the cache, without an answer: what begins like it then starts there.
+
+        Args:
+            prompt: as for `generate`; messages that are system messages only will do.
+            **options: those of the requests that are to find it, as far as they change the prompt: ``tools``,
+                ``template_args``, ``cache_salt``. ``pin`` keeps it in RAM.
+
+        Returns:
+            How many tokens there were, and how many of them were cached already.
+
+        Raises:
+            As `generate`.
+        """
+        make_requests = self._maker.prepare(_with_user(prompt), 1, options, ends_with_prompt=True)
+        [result] = results_of([*run(self._scheduler, make_requests)], 1)
+        return result.usage
+
+    async def aprefill(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Usage:
+        """Like `prefill`, on an event loop; cancelling the task cancels the request."""
+        make_requests = self._maker.prepare(_with_user(prompt), 1, options, ends_with_prompt=True)
+        async with aclosing(arun(self._scheduler, make_requests)) as running:
+            [result] = results_of([arrived async for arrived in running], 1)
+        return result.usage
+
+    def pins(self) -> list[PinnedPrefix]:
+        """The prefixes that requests with ``pin`` keep in RAM, least recently used first."""
+        return self._cache.pins()
+
+    def unpin(self, prompt: Prompt | None = None, **options: Unpack[GenerationOptions]) -> int:
+        """Let pinned prefixes be evicted again; they stay cached until they are.
+
+        Args:
+            prompt: unpin those that it begins with; None unpins all.
+            **options: those that it was pinned with, as far as they change the prompt.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            InvalidRequestError: the prompt or an option can't be served.
+        """
+        if prompt is None:
+            return self._cache.unpin()
+        params = GenerationParams.from_options(options)
+        token_ids = self._maker.encoder.encode_unbounded(_with_user(prompt), params).token_ids
+        return self._cache.unpin(token_ids, params.extra_keys)
+
     def close(self, *, drain: bool = False) -> None:
         """Flush the SSD tier, stop all threads, and give back the memory, the weights' too. Idempotent.
 
@@ -298,6 +353,12 @@ class Engine:
     async def _asample(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[GenerationResult]:
         async with aclosing(arun(self._scheduler, self._maker.prepare(prompt, n, options))) as running:
             return results_of([arrived async for arrived in running], n)
+
+
+def _with_user(prompt: Prompt) -> Prompt:
+    """A chat of system messages only, with the user's message that some templates want."""
+    messages = [] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, Mapping)]
+    return with_user_turn(messages) if messages and len(messages) == len(prompt) else prompt
 
 
 def _close(scheduler: Scheduler, tiers: TieredCache, owns_model: bool, process_id: int) -> None:

@@ -28,6 +28,7 @@ class OutputAssembler:
         chat: what is answered; None if it isn't a chat, and the text is all that is generated.
 
     Attributes:
+        reasoning_tokens: tokens of its reasoning, its markers included.
         has_met_stop_text: a stop text came, and no more tokens are to.
         finish_reason: why the answer ended; None before it has.
     """
@@ -38,10 +39,12 @@ class OutputAssembler:
         self.top_logprobs: list[list[TokenLogprob]] = []
         self.text = ""
         self.reasoning = ""
+        self.reasoning_tokens = 0
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
         self.has_met_stop_text = False
         self.finish_reason: FinishReason | None = None
+        self._ends_with_first_call = not params.parallel_tool_calls
         self._detokenizer = tokenizer.detokenizer if tokenizer is not None else None
         # A state of None ends mlx-lm's machine; it holds back whatever may yet become a stop text.
         transitions = {"normal": [(stop, None) for stop in params.stop]}
@@ -49,6 +52,11 @@ class OutputAssembler:
         self._splitter = (
             None if chat is None else AnswerSplitter(tokenizer, chat, reads_calls=params.tool_choice != "none")
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no more tokens are to come: a stop text came, or the only call that there may be."""
+        return self.has_met_stop_text or (self._ends_with_first_call and bool(self.tool_calls))
 
     def add(
         self,
@@ -70,7 +78,10 @@ class OutputAssembler:
         if self._detokenizer is None or is_end_token:
             return OutputDelta()
         self._detokenizer.add_token(token_id)
-        return self._collect(self._split(self._before_stop(self._detokenizer.last_segment)))
+        was_reasoning = self._is_in_reasoning
+        delta = self._collect(self._split(self._before_stop(self._detokenizer.last_segment)))
+        self.reasoning_tokens += was_reasoning or self._is_in_reasoning
+        return delta
 
     def finish(self, finish_reason: FinishReason) -> OutputDelta:
         """Take the end, once no more tokens come, and return what was held back. Sets `finish_reason`.
@@ -94,6 +105,10 @@ class OutputAssembler:
         self.finish_reason = "tool_calls" if is_complete and self.tool_calls else finish_reason
         return delta
 
+    @property
+    def _is_in_reasoning(self) -> bool:
+        return self._splitter is not None and self._splitter.is_in_reasoning
+
     def _before_stop(self, segment: str) -> str:
         """As much of a piece of the answer as is known to be before a stop text."""
         self._machine, text, state = TextStateMachine.step(self._machine, segment)
@@ -104,6 +119,8 @@ class OutputAssembler:
         return OutputDelta(text) if self._splitter is None else self._splitter.add(text)
 
     def _collect(self, delta: OutputDelta) -> OutputDelta:
+        if self._ends_with_first_call:  # one piece of text may hold the beginning of the next
+            del delta.tool_calls[0 if self.tool_calls else 1 :]
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.tool_calls += delta.tool_calls

@@ -29,6 +29,8 @@ MAX_LOGIT_BIAS = 100.0
 
 _DECIMAL = re.compile(r"[0-9]{1,10}")
 
+_SWITCHES = ("logprobs", "parallel_tool_calls", "continue_final_message", "store", "progress", "divergence_text")
+
 # What the engine itself passes to the chat template.
 _TAKEN_TEMPLATE_ARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize", "tools"}
@@ -57,12 +59,14 @@ class GenerationOptions(TypedDict, total=False):
     timeout_s: float | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str
+    parallel_tool_calls: bool
     tool_format: ToolFormat | None
     constraint: Constraint | None
     template_args: Mapping[str, Any] | None
     continue_final_message: bool
     cache_salt: str | None
     store: bool
+    pin: bool | Sequence[ChatMessage]
     on_prefill: Callable[[int, int], None] | None
     progress: bool
     divergence_text: bool
@@ -95,12 +99,15 @@ class GenerationParams:
             function in it alone.
         tool_choice: ``"auto"`` leaves it to the model, ``"none"`` forbids calls, ``"required"`` demands one or more,
             and a tool's name demands a call of that one.
+        parallel_tool_calls: False ends an answer with its first call.
         tool_format: how tools are shown to the model and their calls read; None finds out.
         constraint: what the answer must follow: a schema, a pattern, a grammar or a choice.
         template_args: further arguments of the model's chat template, such as ``{"enable_thinking": False}``.
         continue_final_message: the answer goes on where the last message ends, instead of replying to it.
         cache_salt: requests of different salt never share a cached prefix.
         store: keep what this request computes in the cache; what is there already is reused either way.
+        pin: keep the prompt's blocks in RAM until `Engine.unpin`, within the cache's ``pin_share``; or only those of
+            the messages given here, which the prompt begins with: the last of them may have less text than there.
         on_prefill: called with the number of prompt tokens that are ready and of all of them while the prompt is
             computed, on the engine's thread: it must return at once.
         progress: show the prompt's progress on standard error.
@@ -130,12 +137,14 @@ class GenerationParams:
     timeout_s: float | None = None
     tools: Sequence[Mapping[str, Any]] = field(default=(), hash=False)
     tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
     tool_format: ToolFormat | None = None
     constraint: Constraint | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     continue_final_message: bool = False
     cache_salt: str | None = None
     store: bool = True
+    pin: bool | Sequence[ChatMessage] = field(default=False, hash=False)
     on_prefill: Callable[[int, int], None] | None = field(default=None, compare=False, repr=False)
     progress: bool = False
     divergence_text: bool = False
@@ -159,11 +168,19 @@ class GenerationParams:
     def __post_init__(self) -> None:
         for name, limits in _LIMITS.items():
             limits.check(name, getattr(self, name))
-        for name in ("logprobs", "continue_final_message", "store", "progress", "divergence_text"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise InvalidParameterError(f"cache_salt={self.cache_salt!r}: give a string or None")
+        if not isinstance(self.pin, bool) and (
+            isinstance(self.pin, str)
+            or not isinstance(self.pin, Sequence)
+            or not all(isinstance(message, Mapping) for message in self.pin)
+        ):
+            raise InvalidParameterError(
+                f"pin={self.pin!r}: give True, False, or the messages at the prompt's beginning that are to be pinned"
+            )
         if self.on_prefill is not None and not callable(self.on_prefill):
             raise InvalidParameterError(f"on_prefill={self.on_prefill!r}: give a function of two numbers, or None")
         if self.tool_format not in (None, "template", "generic"):
@@ -178,6 +195,7 @@ class GenerationParams:
             logprobs=self.logprobs or self.top_logprobs > 0,
             tools=_tools(self.tools),
             template_args=_template_args(self.template_args),
+            pin=self.pin if isinstance(self.pin, bool) else tuple(self.pin),
         )
         self._check_tool_choice()
         self._check_combinations()

@@ -99,4 +99,4 @@ def open_prefix_cache(
         cold=ssd,
         events=events,
     )
-    return TieredCache(paged, ssd, events), codec
+    return TieredCache(paged, ssd, events, max_pinned_bytes=settings.max_pinned_bytes), codec

@@ -71,12 +71,14 @@ class PrefixReuse:
         if codec is None:
             return
         num_tokens = len(request.prompt_ids)
+        # What is pinned must be in RAM when the prompt is computed, not some time later.
+        allocate = None if request.pin_tokens else partial(codec.allocate, capacity=num_tokens)
         request.pending = self._cache.match(
             request.prompt_ids,
             request.params.extra_keys,
             codec.needs,
             max_tokens=self._last_boundary(num_tokens, codec),
-            allocate=partial(codec.allocate, capacity=num_tokens),
+            allocate=allocate,
             earlier=earlier,
         )
         request.table = request.pending.table
@@ -183,6 +185,11 @@ class PrefixReuse:
             logger.exception("an answer could not be stored in the cache")
         self.leave(request)
 
+    def prefilled(self, request: Request) -> None:
+        """Pin what is to be kept of a prompt that is computed."""
+        if self._codec is not None and request.table is not None and request.pin_tokens:
+            self._cache.pin(request.table, request.pin_tokens, self._codec.needs)
+
     def fork(self, request: Request) -> None:
         """Give the further samples of a prefilled request its blocks, to share until they write."""
         for sample in request.samples[1:]:
@@ -231,15 +238,16 @@ class PrefixReuse:
     def _plan_checkpoints(self, request: Request, codec: PromptStateCodec, num_matched: int) -> set[int]:
         """Where the recurrent state is worth keeping.
 
-        At the prompt's last block boundary, for its next turn; at the end of the system messages, for other
-        conversations; where this prompt was seen to leave an earlier one, for the third that shares their beginning;
-        and at a wide stride, wider where it would take too many.
+        At the prompt's last block boundary, for its next turn; at the end of the system messages, and of what is to be
+        pinned, for other conversations; where this prompt was seen to leave an earlier one, for the third that shares
+        their beginning; and at a wide stride, wider where it would take too many.
         """
         size = self._cache.block_size
         last = self._last_boundary(len(request.prompt_ids), codec)
         stride = max(self._settings.checkpoint_stride_tokens, -(-last // self._settings.max_stride_checkpoints))
         at_stride = (at // size * size for at in range(stride, last, stride))
-        wanted = {last, request.system_tokens // size * size, num_matched, *at_stride}
+        shared = (request.system_tokens // size * size, request.pin_tokens // size * size)
+        wanted = {last, *shared, num_matched, *at_stride}
         return {at for at in wanted if request.num_computed < at <= last}
 
     def _last_boundary(self, num_prompt_tokens: int, codec: PromptStateCodec) -> int:

@@ -20,7 +20,7 @@ from omlx_core.errors import InvalidParameterError
 from omlx_core.model.chat import RenderedChat
 from omlx_core.model.history import TokenHistory
 from omlx_core.model.loading import LoadedModel, context_length
-from omlx_core.model.prompts import PromptEncoder
+from omlx_core.model.prompts import EncodedPrompt, PromptEncoder
 from omlx_core.settings import EngineSettings
 
 FindStored = Callable[[list[int], tuple[str, ...]], Neighbour | None]
@@ -59,8 +59,16 @@ class RequestMaker:
             history=TokenHistory() if settings.token_faithful_history else None,
         )
 
-    def prepare(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[MakeRequest]:
+    def prepare(
+        self, prompt: Prompt, n: int, options: GenerationOptions, *, ends_with_prompt: bool = False
+    ) -> list[MakeRequest]:
         """Check everything; what is returned makes the requests of `n` samples, and can't fail.
+
+        Args:
+            prompt: the prompt.
+            n: how many answers.
+            options: see `GenerationParams`.
+            ends_with_prompt: no answer is wanted, only what the prompt leaves in the cache.
 
         Raises:
             InvalidRequestError: the prompt or an option can't be served.
@@ -74,6 +82,7 @@ class RequestMaker:
             params = dataclasses.replace(params, on_prefill=PrefillBar(params.on_prefill))
         make_constraint = self._compile_constraint(params, encoded.chat)
         system_tokens = self.encoder.count_system_tokens(prompt, encoded, params) if self._counts_system_tokens else 0
+        pin_tokens = self._count_pin_tokens(encoded, params)
         divergence = self._find_divergence(encoded.token_ids, params)
 
         def finished(answer_ids: list[int]) -> None:
@@ -88,6 +97,8 @@ class RequestMaker:
                 emit,
                 OutputAssembler(self._tokenizer, sample_params, encoded.chat),
                 system_tokens=system_tokens,
+                pin_tokens=pin_tokens,
+                ends_with_prompt=ends_with_prompt,
                 on_finished=finished,
                 divergence=divergence,
                 make_constraint=make_constraint,
@@ -117,6 +128,7 @@ class RequestMaker:
             params.constraint,
             tools=() if chat is None else chat.tools,
             tool_choice=params.tool_choice,
+            parallel_tool_calls=params.parallel_tool_calls,
             call_format=None if chat is None else chat.call_format,
             thinking_start=thinking_start,
             thinking_end=thinking_end,
@@ -132,6 +144,11 @@ class RequestMaker:
         if not tokenizer.has_thinking or chat.text.rstrip().endswith(tokenizer.think_end):
             return [], []
         return [] if chat.is_thinking_open else list(tokenizer.think_start_tokens), list(tokenizer.think_end_tokens)
+
+    def _count_pin_tokens(self, encoded: EncodedPrompt, params: GenerationParams) -> int:
+        if isinstance(params.pin, bool):
+            return len(encoded.token_ids) if params.pin else 0
+        return self.encoder.count_opening_tokens(params.pin, encoded, params)
 
     def _find_divergence(self, token_ids: list[int], params: GenerationParams) -> Divergence | None:
         decode = self._tokenizer.decode if params.divergence_text and self._tokenizer is not None else None

@@ -45,6 +45,8 @@ class Request:
         output: the answer so far.
         submitted_s: `time.perf_counter` at the call.
         system_tokens: how many tokens of the prompt belong to its system messages, if that is known.
+        pin_tokens: how many tokens of the prompt are to stay in RAM.
+        ends_with_prompt: there is to be no answer: it ends when its prompt is computed and stored.
         on_finished: is given the answer's tokens before the result is; on the MLX thread, so it must be quick.
         divergence: where the prompt left what the cache knows.
         make_constraint: makes what the answer must follow; None is anything.
@@ -69,6 +71,8 @@ class Request:
     output: OutputAssembler
     submitted_s: float = field(default_factory=time.perf_counter)
     system_tokens: int = 0
+    pin_tokens: int = 0
+    ends_with_prompt: bool = False
     on_finished: Callable[[list[int]], None] | None = None
     divergence: Divergence | None = None
     make_constraint: Callable[[], ConstraintProcessor] | None = None
@@ -164,6 +168,7 @@ class Request:
                 completion_tokens=len(self.output.token_ids),
                 cached_tokens_hot=self.cached_tokens_hot,
                 cached_tokens_cold=self.cached_tokens_cold,
+                reasoning_tokens=self.output.reasoning_tokens,
             ),
             ttft_s=self.ttft_s or 0.0,
             reasoning=self.output.reasoning,
@@ -171,6 +176,7 @@ class Request:
             invalid_tool_calls=self.output.invalid_tool_calls,
             top_logprobs=self.output.top_logprobs if self.params.top_logprobs else None,
             divergence=self.divergence,
+            duration_s=time.perf_counter() - self.submitted_s,
         )
         self.emit(
             GenerationChunk(

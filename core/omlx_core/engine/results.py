@@ -83,12 +83,14 @@ class Usage:
         cached_tokens: prompt tokens whose KV was reused instead of computed: hot and cold together.
         cached_tokens_hot: of these, how many were in RAM.
         cached_tokens_cold: of these, how many were read from the SSD tier.
+        reasoning_tokens: generated tokens of the model's reasoning, its markers included; 0 for one that doesn't think.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens_hot: int = 0
     cached_tokens_cold: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:
@@ -120,6 +122,7 @@ class GenerationResult:
         top_logprobs: for each token of `token_ids` the likeliest in its place, likeliest first; None unless asked for.
         divergence: where the prompt left what the cache has; None if it didn't, or nothing is known that begins
             like it.
+        duration_s: seconds from the call to the result.
     """
 
     text: str
@@ -133,6 +136,13 @@ class GenerationResult:
     invalid_tool_calls: list[InvalidToolCall] = field(default_factory=list)
     top_logprobs: list[list[TokenLogprob]] | None = None
     divergence: Divergence | None = None
+    duration_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens generated per second after the first; None of fewer than two."""
+        decoding_s = self.duration_s - self.ttft_s
+        return (len(self.token_ids) - 1) / decoding_s if len(self.token_ids) > 1 and decoding_s > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,7 +305,11 @@ class Scheduler:
         request.report_prefill()
         if request.num_computed == len(request.prompt_ids) - 1:
             self._prefilling = None
-            self._join_batch(request)
+            self._prefixes.prefilled(request)
+            if request.ends_with_prompt:
+                self._end_with_prompt(request)
+            else:
+                self._join_batch(request)
 
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         prompt_cache = request.prompt_cache or []
@@ -318,6 +322,13 @@ class Scheduler:
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
         mx.clear_cache()
+
+    def _end_with_prompt(self, request: Request) -> None:
+        self._prefixes.leave(request)
+        request.is_in_line = False
+        self.occupancy.leave_line(1)
+        self.occupancy.leave()
+        request.emit_result("length")
 
     def _join_batch(self, request: Request) -> None:
         """Begin to decode a request, and its further samples, each on a copy-on-write fork of its blocks."""
@@ -356,7 +367,7 @@ class Scheduler:
         if finish_reason is not None:
             del self._decoding[response.uid]
             self._prefixes.finish(request, response.prompt_cache)
-        elif request.output.has_met_stop_text or error is not None:
+        elif request.output.is_whole or error is not None:
             finish_reason = "stop"
             self._remove_from_batch(response.uid)
         if finish_reason is not None:

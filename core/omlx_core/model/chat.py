@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from omlx_core.engine.params import ToolFormat
 from omlx_core.errors import InvalidPromptError, InvalidToolError
-from omlx_core.model.chat_messages import check_messages, check_tools
+from omlx_core.model.chat_messages import check_messages, check_tools, with_user_turn
 from omlx_core.model.tool_calls import (
     GENERIC_FORMAT,
     Tool,
@@ -133,19 +132,17 @@ class ChatRenderer:
         )
 
     def render_opening(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """What other chats with the same system messages and tools begin with, and then more.
+        """What chats that open with some messages begin with, and then more.
 
         Args:
-            messages: the chat's.
+            messages: what they open with.
             **options: as `render`.
 
         Raises:
             InvalidPromptError, InvalidToolError: as `render`.
         """
-        system = itertools.takewhile(lambda message: message.get("role") == "system", messages)
         options = {**options, "continue_final_message": False, "add_generation_prompt": False}
-        # Some templates want a user's message.
-        return self.render([*system, {"role": "user", "content": ""}], **options).text
+        return self.render(with_user_turn(messages), **options).text
 
     def _apply(
         self,

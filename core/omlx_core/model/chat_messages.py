@@ -49,6 +49,13 @@ def check_messages(messages: Sequence[Any], is_known_role: Callable[[str], bool]
     return checked
 
 
+def with_user_turn(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """A chat of system messages only, with an empty turn of the user, which some templates want; others as they are."""
+    if all(message.get("role") == "system" for message in messages):
+        return [*messages, {"role": "user", "content": ""}]
+    return messages
+
+
 def check_tools(tools: Sequence[Any]) -> list[Tool]:
     """Tools in OpenAI's form, with parameters.
 

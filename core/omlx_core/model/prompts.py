@@ -110,10 +110,29 @@ class PromptEncoder:
         Returns:
             0 if it isn't a chat, or that can't be told.
         """
+        messages = [message for message in prompt if isinstance(message, Mapping)]
+        system = itertools.takewhile(lambda message: message.get("role") == "system", messages)
+        return self.count_opening_tokens([*system], encoded, params)
+
+    def count_opening_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        encoded: EncodedPrompt,
+        params: GenerationParams | None = None,
+    ) -> int:
+        """How many of a chat's tokens other chats that open with the same messages and tools begin with.
+
+        Args:
+            messages: what they open with; the last may have less text than in the chat.
+            encoded: what `encode` made of the chat.
+            params: the request's options.
+
+        Returns:
+            0 if it isn't a chat, or that can't be told.
+        """
         if encoded.chat is None or self._renderer is None or self._texts is None:
             return 0
         params = GenerationParams() if params is None else params
-        messages = [message for message in prompt if isinstance(message, Mapping)]
         try:
             opening = self._renderer.render_opening(messages, **_render_options(params))
         except InvalidRequestError:
