@@ -48,17 +48,15 @@ def read_to(buffers, position, payload):
 
 @pytest.fixture
 def stale_memory(monkeypatch):
-    """Memory that is handed out full of NaNs."""
-    blank = row_arrays.blank_arrays
+    """Places full of NaNs, as reads that failed may leave them."""
+    make = row_arrays.RowArrays.__init__
 
-    def stale(specs):
-        arrays = blank(specs)
-        for array in arrays.values():
-            memory = np.asarray(memoryview(array.view(mx.uint8)))
-            memory[...] = 0xFF
-        return arrays
+    def make_stale(self, *args):
+        make(self, *args)
+        for lines in self._lines.values():
+            lines[...] = 0xFF
 
-    monkeypatch.setattr(row_arrays, "blank_arrays", stale)
+    monkeypatch.setattr(row_arrays.RowArrays, "__init__", make_stale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

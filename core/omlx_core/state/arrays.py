@@ -36,6 +36,11 @@ def is_known_dtype(name: str) -> bool:
     return name in _DTYPES
 
 
+def dtype_of(name: str) -> mx.Dtype:
+    """MLX's element type of a safetensors name that `is_known_dtype`."""
+    return _DTYPES[name]
+
+
 def to_payloads(blocks: Sequence[Mapping[str, mx.array]]) -> list[BlockPayload]:
     """Make payloads of lazy arrays, evaluating all of them at once.
 
