@@ -116,7 +116,7 @@ def open_tiny_engine(name: str, *, inspect: Callable[[Any], None] | None = None,
         return LoadedModel(model, None, name, {}, None)
 
     engine = Engine.__new__(Engine)
-    engine._start(name, load, CacheSettings(**cache), None)
+    engine._start(name, load, CacheSettings(**cache), None, owns_model=True)
     return engine
 
 
