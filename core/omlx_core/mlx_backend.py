@@ -45,6 +45,11 @@ def can_write_to_arrays() -> bool:
     return backend_name() != "cuda"
 
 
+def has_device_memory() -> bool:
+    """Whether arrays are in memory of the GPU's own, which the CPU can't look at without moving them."""
+    return backend_name() == "cuda"
+
+
 def _installed_files(distribution: str) -> list[Path] | None:
     """The files of an installed distribution; None if it isn't installed."""
     try:

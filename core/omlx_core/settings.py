@@ -210,7 +210,8 @@ class EngineSettings(_Settings):
     """How requests are run.
 
     Attributes:
-        prefill_step_size: most prompt tokens between two decode steps of the running batch.
+        prefill_step_size: most prompt tokens between two decode steps of the running batch. On a GPU, while nothing is
+            being answered, 2,048 at least.
         max_batch_size: most requests that decode together; more wait in line.
         max_waiting_requests: most that may wait; one more is refused.
         num_draft_tokens: how many tokens a draft model proposes at a time.

@@ -32,6 +32,23 @@ def layout_size_bytes(layout: BlockLayout) -> int:
     return sum(spec.size_bytes for spec in layout.values())
 
 
+class DeviceBytes(Protocol):
+    """Elements in the memory of a device, whose bytes take time to be had."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        ...
+
+    def view(self) -> memoryview:
+        """The bytes, read-only. Any thread may ask."""
+        ...
+
+    def release(self) -> None:
+        """Let go of a copy that was made to be written; `view` still works, and takes longer."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BlockTensor:
     """One immutable tensor of a block.
@@ -39,20 +56,26 @@ class BlockTensor:
     Attributes:
         dtype: the safetensors name of the element type, such as ``"BF16"``.
         shape: its shape.
-        data: its elements, C-contiguous, little-endian; a read-only view of bytes (``format == "B"``).
+        source: its elements, C-contiguous, little-endian; a read-only view of bytes (``format == "B"``), or what gives
+            one.
         array: the same elements as the state layer's own array type, if it made one. The cache never looks
             inside; it keeps a RAM hit from paying for a conversion.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    data: memoryview
+    source: memoryview | DeviceBytes
     array: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def data(self) -> memoryview:
+        """Its elements as bytes."""
+        return self.source if isinstance(self.source, memoryview) else self.source.view()
 
     @property
     def size_bytes(self) -> int:
         """Size of the elements in bytes."""
-        return self.data.nbytes
+        return self.source.nbytes
 
     @property
     def spec(self) -> TensorSpec:
@@ -75,6 +98,12 @@ class BlockPayload:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_bytes", sum(tensor.size_bytes for tensor in self.tensors.values()))
+
+    def release_copies(self) -> None:
+        """Let go of what was copied to be written, once it is or can't be."""
+        for tensor in self.tensors.values():
+            if not isinstance(tensor.source, memoryview):
+                tensor.source.release()
 
     @property
     def layout(self) -> BlockLayout:

@@ -204,6 +204,7 @@ class BlockWriter:
                     if self.queued.get(request.block_hash) is request:
                         del self.queued[request.block_hash]
         for request, result in zip(requests, results, strict=True):
+            request.payload.release_copies()
             if request.on_complete is not None:
                 try:
                     request.on_complete(request.block_hash, result.outcome.is_on_disk)

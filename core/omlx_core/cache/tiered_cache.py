@@ -438,9 +438,12 @@ class TieredCache:
         part: Part = ROWS,
     ) -> bool:
         """Queue a block for writing, unless it would be dropped there for want of its parent."""
-        if parent_hash is not None and not ssd.has_block(parent_hash):
-            return False
-        return ssd.save_block(block_hash, parent_hash, token_ids, payload, on_complete=self._on_written, part=part)
+        is_queued = (parent_hash is None or ssd.has_block(parent_hash)) and ssd.save_block(
+            block_hash, parent_hash, token_ids, payload, on_complete=self._on_written, part=part
+        )
+        if not is_queued:
+            payload.release_copies()
+        return is_queued
 
     def _on_written(self, block_hash: BlockHash, is_on_disk: bool) -> None:
         del block_hash, is_on_disk  # either way the queue has room again

@@ -62,6 +62,7 @@ def open_prefix_cache(
                 settings.block_size,
                 find=prompt_caches.find_handler,
                 is_latent=_computes_single_tokens_in_latents(loaded.model),
+                are_written=settings.paged_ssd_cache_dir is not None and not settings.ssd_read_only,
             )
         except UnsupportedLayerError as exc:
             logger.warning("%s runs without a prefix cache: no way to cut %s into blocks", loaded.name, exc)

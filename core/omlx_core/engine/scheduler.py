@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from omlx_core.mlx_backend import mx
+from omlx_core.mlx_backend import backend_name, mx
 
 from mlx_lm.generate import generation_stream
 
@@ -37,6 +37,8 @@ from omlx_core.state.prompt_state import PromptCache
 
 logger = logging.getLogger(__name__)
 
+# Nobody waits for tokens meanwhile, and a GPU is not busy with fewer; mlx-lm's own step.
+_LONE_STEP_TOKENS = 2048
 _READ_AHEAD = 3  # requests whose blocks may be read at once; each holds what it has read in RAM
 
 
@@ -54,6 +56,7 @@ class Scheduler:
 
     def __init__(self, name: str, settings: EngineSettings) -> None:
         self._settings = settings
+        self._is_on_gpu = not backend_name().startswith("cpu")
         self.occupancy = Occupancy(settings.max_waiting_requests)
         self._line_may_be_overdue = False  # it is searched only then, lest a step take longer the longer the line is
         self._next_deadline_s = math.inf
@@ -231,8 +234,11 @@ class Scheduler:
     # Prefill.
 
     def _advance_prefill(self) -> None:
-        """Compute up to `prefill_step_size` tokens of the next prompts: short ones share a step, and join together."""
+        """Compute a step's tokens of the next prompts: short ones share a step, and join together."""
         has_streams = bool(self._decoding)
+        step_size = self._settings.prefill_step_size
+        if not has_streams and self._is_on_gpu:
+            step_size = max(step_size, _LONE_STEP_TOKENS)
         num_computed = 0
         while True:
             self._read_ahead()
@@ -245,8 +251,8 @@ class Scheduler:
                 is_first = request.prompt_cache is None
                 if is_first and not self._begin(request):
                     continue
-                step = self._next_step(request)
-                if num_computed and num_computed + len(step) > self._settings.prefill_step_size:
+                step = self._next_step(request, step_size)
+                if num_computed and num_computed + len(step) > step_size:
                     return
                 self._prefill_step(request, step)
                 num_computed += len(step)
@@ -287,10 +293,10 @@ class Scheduler:
         self._prefilling = None
         return False
 
-    def _next_step(self, request: Request) -> list[int]:
+    def _next_step(self, request: Request, step_size: int) -> list[int]:
         """The tokens to compute next; the last is left to the batch, whose first step gives the first logits."""
         end = len(request.prompt_ids) - 1
-        stop = min(request.num_computed + self._settings.prefill_step_size, end)
+        stop = min(request.num_computed + step_size, end)
         if end - stop == 1:
             stop = end  # a single token takes another path through some layers, and rounds otherwise
         stop = min(self._prompt_caches.end_of_step(request.num_computed, stop), end)

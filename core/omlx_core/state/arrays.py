@@ -9,7 +9,7 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 
-from omlx_core.cache.payload import BlockPayload, BlockTensor
+from omlx_core.cache.payload import BlockPayload, BlockTensor, DeviceBytes
 from omlx_core.errors import CacheInvariantError
 
 # Element types by their safetensors names: https://github.com/huggingface/safetensors#format
@@ -41,38 +41,84 @@ def dtype_of(name: str) -> mx.Dtype:
     return _DTYPES[name]
 
 
-def to_payloads(blocks: Sequence[Mapping[str, mx.array]]) -> list[BlockPayload]:
+class DeviceCopy:
+    """The bytes of an array in a GPU's own memory: `DeviceBytes`.
+
+    As soon as the CPU looks at such an array, MLX moves it to memory that both share, whose pages then travel back and
+    forth. So what is to be written is a second array, made on the GPU, and the first stays where it is.
+
+    Args:
+        array: the elements as bytes.
+        copy: the same in memory of their own; None if they won't be written.
+    """
+
+    def __init__(self, array: mx.array, copy: mx.array | None) -> None:
+        self._array = array
+        self._copy = copy
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return int(self._array.nbytes)
+
+    def view(self) -> memoryview:
+        """The bytes, of the copy if it is still there."""
+        copy = self._copy
+        return memoryview(self._array if copy is None else copy).toreadonly()
+
+    def release(self) -> None:
+        """Let go of the copy."""
+        self._copy = None
+
+
+def to_payloads(
+    blocks: Sequence[Mapping[str, mx.array]], *, on_device: bool = False, are_written: bool = False
+) -> list[BlockPayload]:
     """Make payloads of lazy arrays, evaluating all of them at once.
 
     Each array must own its buffer, or a block would keep the whole cache that it was cut from alive: pass copies
     (``mx.contiguous`` of a slice is one), never views.
+
+    Args:
+        blocks: the arrays of each block, by name.
+        on_device: keep them in a GPU's own memory, and don't wait for them.
+        are_written: the SSD tier will ask for their bytes.
     """
     # numpy and the buffer protocol have no bfloat16, so bytes are seen through a view of the same buffer.
     views = [{name: array.reshape(-1).view(mx.uint8) for name, array in arrays.items()} for arrays in blocks]
-    mx.eval([list(arrays.values()) for arrays in blocks], [list(arrays.values()) for arrays in views])
+    sources: list[dict[str, memoryview | DeviceBytes]]
+    if on_device:
+        copies = [{name: seen + mx.array(0, mx.uint8) for name, seen in each.items() if are_written} for each in views]
+        mx.async_eval(
+            [list(arrays.values()) for arrays in blocks],
+            [list(seen.values()) for seen in views],
+            [list(made.values()) for made in copies],
+        )
+        sources = [
+            {name: DeviceCopy(seen, made.get(name)) for name, seen in each.items()}
+            for each, made in zip(views, copies, strict=True)
+        ]
+    else:
+        mx.eval([list(arrays.values()) for arrays in blocks], [list(arrays.values()) for arrays in views])
+        sources = [{name: memoryview(seen).toreadonly() for name, seen in each.items()} for each in views]
     return [
         BlockPayload(
             {
-                name: BlockTensor(
-                    dtype=_NAMES[array.dtype],
-                    shape=tuple(array.shape),
-                    data=memoryview(seen[name]).toreadonly(),
-                    array=array,
-                )
+                name: BlockTensor(_NAMES[array.dtype], tuple(array.shape), source[name], array)
                 for name, array in arrays.items()
             }
         )
-        for arrays, seen in zip(blocks, views, strict=True)
+        for arrays, source in zip(blocks, sources, strict=True)
     ]
 
 
-def with_arrays(payloads: Sequence[BlockPayload]) -> list[BlockPayload]:
+def with_arrays(payloads: Sequence[BlockPayload], *, on_device: bool = False) -> list[BlockPayload]:
     """The same payloads, each tensor with an MLX array; those that have one already are returned as they are.
 
     Bytes that were read from SSD are copied once, into MLX's memory; the read buffer is no longer referenced.
     """
     missing = [payload for payload in payloads if any(tensor.array is None for tensor in payload.tensors.values())]
-    made = iter(to_payloads([_arrays_of(payload) for payload in missing]))
+    made = iter(to_payloads([_arrays_of(payload) for payload in missing], on_device=on_device))
     pending = {id(payload) for payload in missing}
     return [next(made) if id(payload) in pending else payload for payload in payloads]
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from omlx_core.mlx_backend import can_write_to_arrays, mx
+from omlx_core.mlx_backend import can_write_to_arrays, has_device_memory, mx
 
 from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
 from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows
@@ -33,6 +33,7 @@ class PromptStateCodec:
         block_size: tokens per block.
         find: gives a layer's handler, or None.
         is_latent: the model has latent attention, whose cache class doesn't tell.
+        are_written: blocks go to the SSD tier too.
 
     Raises:
         UnsupportedLayerError: naming the classes that can't be cached.
@@ -45,10 +46,13 @@ class PromptStateCodec:
         *,
         find: Callable[[Any], Handler | None] = find_handler,
         is_latent: bool = False,
+        are_written: bool = False,
     ) -> None:
         self._template = template
         self._block_size = block_size
         self._is_latent = is_latent
+        self._on_device = has_device_memory()
+        self._are_written = are_written
         self._rows: dict[str, RowHandler] = {}
         self._windows: dict[str, RowHandler] = {}
         self._checkpoints: dict[str, CheckpointHandler] = {}
@@ -126,8 +130,7 @@ class PromptStateCodec:
         """
         leaves = leaves_of(prompt_cache)
         _check_length(self._rows, leaves, at_least=stop)
-        [payload] = to_payloads([self.lazy_rows(self._rows, leaves, start, stop) or {}])
-        return payload
+        return self.to_payload(self.lazy_rows(self._rows, leaves, start, stop) or {})
 
     def capture_checkpoint(self, prompt_cache: PromptCache) -> BlockPayload:
         """Keep the state of the recurrent leaves, as it is now."""
@@ -137,7 +140,11 @@ class PromptStateCodec:
             for path, handler in self._checkpoints.items()
             for name, array in handler.checkpoint(leaves[path]).items()
         }
-        [payload] = to_payloads([arrays])
+        return self.to_payload(arrays)
+
+    def to_payload(self, arrays: Arrays) -> BlockPayload:
+        """A block's part of lazy arrays that own their buffers."""
+        [payload] = to_payloads([arrays], on_device=self._on_device, are_written=self._are_written)
         return payload
 
     def allocate(self, layout: BlockLayout, capacity: int) -> RowArrays | None:
@@ -170,14 +177,15 @@ class PromptStateCodec:
                 f"{len(content.rows)} blocks of {self._block_size} tokens, where their table has {num_tokens} tokens"
             )
         adopted = self._adopt(content, num_tokens, max(capacity, num_tokens + 1))
-        parts = dict(zip(content.parts, with_arrays(list(content.parts.values())), strict=True))
+        part_payloads = with_arrays(list(content.parts.values()), on_device=self._on_device)
+        parts = dict(zip(content.parts, part_payloads, strict=True))
         rows = content.rows
         blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
         for key, payload in parts.items():
             blocks[key.part][key.position] = payload
         leaves: dict[str, Any] = dict(adopted or {})
         if adopted is None:
-            rows = with_arrays([_payload(each) for each in rows])
+            rows = with_arrays([_payload(each) for each in rows], on_device=self._on_device)
             leaves.update(self._join(self._rows, dict(enumerate(rows)), num_tokens, capacity))
         leaves.update(self._join(self._windows, blocks[WINDOW], num_tokens, capacity))
         _check_length({**self._rows, **self._windows}, leaves, exactly=num_tokens)

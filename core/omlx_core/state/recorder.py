@@ -5,7 +5,6 @@ from __future__ import annotations
 from omlx_core.mlx_backend import mx
 
 from omlx_core.cache.payload import BlockPayload
-from omlx_core.state.arrays import to_payloads
 from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
 
 
@@ -59,5 +58,4 @@ class WindowRecorder:
             if len(pieces) == 1
             else {name: mx.concatenate([piece[name] for piece in pieces], axis=2) for name in names}
         )
-        [payload] = to_payloads([rows])
-        return payload
+        return self._codec.to_payload(rows)
