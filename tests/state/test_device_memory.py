@@ -28,19 +28,21 @@ def device_memory(monkeypatch):
     return looks
 
 
+@pytest.mark.parametrize("num_tensors", [1, 3])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_copy_to_be_written_has_the_same_bytes_in_memory_of_its_own(dtype):
-    array = mx.random.normal((1, 2, 16, 4)).astype(dtype)
-    [eager] = to_payloads([{"keys": array}])
-    [payload] = to_payloads([{"keys": array}], on_device=True, are_written=True)
+def test_copy_to_be_written_has_the_same_bytes_in_memory_of_its_own(dtype, num_tensors):
+    arrays = {f"{i}": mx.random.normal((1, 2, 16, i + 4)).astype(dtype) for i in range(num_tensors)}
+    [eager] = to_payloads([arrays])
+    [payload] = to_payloads([arrays], on_device=True, are_written=True)
     assert payload.layout == eager.layout
-    tensor = payload.tensors["keys"]
-    assert bytes(tensor.data) == bytes(eager.tensors["keys"].data)
-    places = [np.frombuffer(each, np.uint8).ctypes.data for each in (tensor.data, memoryview(array.view(mx.uint8)))]
-    assert places[0] != places[1]
+    for name, tensor in payload.tensors.items():
+        assert bytes(tensor.data) == bytes(eager.tensors[name].data)
+        seen = memoryview(tensor.array.view(mx.uint8))
+        assert np.frombuffer(tensor.data, np.uint8).ctypes.data != np.frombuffer(seen, np.uint8).ctypes.data
     payload.release_copies()
-    assert tensor.source._copy is None
-    assert bytes(tensor.data) == bytes(eager.tensors["keys"].data)
+    for name, tensor in payload.tensors.items():
+        assert tensor.source._copy is None
+        assert bytes(tensor.data) == bytes(eager.tensors[name].data)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3, tiny_lfm2])

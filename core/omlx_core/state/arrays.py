@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -45,16 +46,19 @@ class DeviceCopy:
     """The bytes of an array in a GPU's own memory: `DeviceBytes`.
 
     As soon as the CPU looks at such an array, MLX moves it to memory that both share, whose pages then travel back and
-    forth. So what is to be written is a second array, made on the GPU, and the first stays where it is.
+    forth. So what is to be written is a second array, made on the GPU, and the first stays where it is. It is one array
+    for a whole block, since the GPU stops for each that is moved.
 
     Args:
         array: the elements as bytes.
-        copy: the same in memory of their own; None if they won't be written.
+        copy: the same, among others, in memory of their own; None if they won't be written.
+        start: where they begin in the copy.
     """
 
-    def __init__(self, array: mx.array, copy: mx.array | None) -> None:
+    def __init__(self, array: mx.array, copy: mx.array | None, start: int = 0) -> None:
         self._array = array
         self._copy = copy
+        self._start = start
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +68,9 @@ class DeviceCopy:
     def view(self) -> memoryview:
         """The bytes, of the copy if it is still there."""
         copy = self._copy
-        return memoryview(self._array if copy is None else copy).toreadonly()
+        if copy is None:
+            return memoryview(self._array).toreadonly()
+        return memoryview(copy).toreadonly()[self._start : self._start + self.nbytes]
 
     def release(self) -> None:
         """Let go of the copy."""
@@ -88,16 +94,15 @@ def to_payloads(
     views = [{name: array.reshape(-1).view(mx.uint8) for name, array in arrays.items()} for arrays in blocks]
     sources: list[dict[str, memoryview | DeviceBytes]]
     if on_device:
-        copies = [{name: seen + mx.array(0, mx.uint8) for name, seen in each.items() if are_written} for each in views]
-        mx.async_eval(
-            [list(arrays.values()) for arrays in blocks],
-            [list(seen.values()) for seen in views],
-            [list(made.values()) for made in copies],
-        )
-        sources = [
-            {name: DeviceCopy(seen, made.get(name)) for name, seen in each.items()}
-            for each, made in zip(views, copies, strict=True)
-        ]
+        copies = [_joined(list(each.values())) if are_written and each else None for each in views]
+        made = [copy for copy in copies if copy is not None]
+        mx.async_eval([list(each.values()) for each in blocks], [list(each.values()) for each in views], made)
+        sources = []
+        for each, copy in zip(views, copies, strict=True):
+            starts = itertools.accumulate((seen.nbytes for seen in each.values()), initial=0)
+            sources.append(
+                {name: DeviceCopy(seen, copy, start) for (name, seen), start in zip(each.items(), starts, strict=False)}
+            )
     else:
         mx.eval([list(arrays.values()) for arrays in blocks], [list(arrays.values()) for arrays in views])
         sources = [{name: memoryview(seen).toreadonly() for name, seen in each.items()} for each in views]
@@ -110,6 +115,11 @@ def to_payloads(
         )
         for arrays, source in zip(blocks, sources, strict=True)
     ]
+
+
+def _joined(views: list[mx.array]) -> mx.array:
+    """One after the other, in memory of their own."""
+    return mx.concatenate(views) if len(views) > 1 else views[0] + mx.array(0, mx.uint8)
 
 
 def with_arrays(payloads: Sequence[BlockPayload], *, on_device: bool = False) -> list[BlockPayload]:
