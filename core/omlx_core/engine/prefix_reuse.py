@@ -109,6 +109,8 @@ class PrefixReuse:
             return False
         num_matched = request.pending.num_matched_blocks * self._cache.block_size
         if not self._restore(request, codec):
+            # First of all let go: a block that is held counts as found, and this one holds what was lost.
+            self.leave(request)
             self.match(request)
             return self.is_ready(request) and self.begin(request)
         if codec.has_windows:
