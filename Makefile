@@ -15,7 +15,7 @@ ON_REFERENCE_BLAS := integration_tests/test_architectures.py integration_tests/t
 # Processes that run the tests.
 WORKERS ?= 2
 
-.PHONY: help setup sample-model test-models check test stress crashtest soak demo bench clean
+.PHONY: help setup sample-model test-models check test stress crashtest soak demo bench bench-peers clean
 
 help:
 	@echo "make demo          show the cache at work, on a small real model"
@@ -25,6 +25,7 @@ help:
 	@echo "make stress        ask three engines for 2,000 things from 64 threads and 64 tasks (a part is in make test)"
 	@echo "make soak          a minute of two processes at full load in one cache folder, with kills"
 	@echo "make bench         run the benchmarks, on a quiet machine, and write docs/performance.md"
+	@echo "make bench-peers   compare with other caches, each in an environment of its own (compiles llama.cpp)"
 	@echo "make setup         create $(VENV) with everything that these need"
 	@echo "make sample-model  fetch and convert the small real model"
 	@echo "make clean         remove $(VENV) and what tools left behind"
@@ -71,6 +72,9 @@ demo: setup sample-model
 bench: setup sample-model
 	$(BIN)/python benchmarks/run_all.py
 	$(BIN)/python benchmarks/report.py
+
+bench-peers: setup sample-model
+	$(BIN)/python benchmarks/peers/run.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
