@@ -43,6 +43,12 @@ class Answer:
     cached_tokens_cold: int
     ttft_s: float
 
+    @classmethod
+    def from_metadata(cls, text: str, prompt_tokens: int, metadata: Mapping[str, Any]) -> Answer:
+        """Of what an adapter says of an answer, that which is shown."""
+        cost = {name: metadata[name] for name in ("cached_tokens_hot", "cached_tokens_cold", "ttft_s")}
+        return cls(text, prompt_tokens, **cost)
+
 
 def ask(question: Question, on_text: Callable[[str], None]) -> Answer:
     """Ask through a LangChain chain, passing on the text as it comes."""
@@ -59,7 +65,7 @@ def ask(question: Question, on_text: Callable[[str], None]) -> Answer:
     # The last chunk carries what the answer has cost.
     if not isinstance(chunk, AIMessageChunk) or chunk.usage_metadata is None:
         raise EngineError("LangChain's stream ended without usage")
-    return Answer(text, chunk.usage_metadata["input_tokens"], **chunk.response_metadata["omlx"])
+    return Answer.from_metadata(text, chunk.usage_metadata["input_tokens"], chunk.response_metadata["omlx"])
 
 
 def main() -> None:

@@ -124,7 +124,8 @@ def _ask_llama_index(question: Question) -> Answer:
             on_text(response.delta or "")
     if response is None or not isinstance(response.raw, dict):
         raise EngineError("LlamaIndex's stream ended without a response")
-    return Answer(response.message.content or "", response.raw["usage"]["prompt_tokens"], **response.raw["omlx"])
+    usage = response.raw["usage"]
+    return Answer.from_metadata(response.message.content or "", usage["prompt_tokens"], response.raw["omlx"])
 
 
 def _ask_new_process(question: Question) -> Answer:
