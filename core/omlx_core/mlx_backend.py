@@ -36,17 +36,12 @@ def backend_name() -> BackendName:
     return "cpu+openblas" if _openblas is not None else "cpu"
 
 
-def can_write_to_arrays() -> bool:
-    """Whether filling arrays by writing to their memory is the fastest way to fill them.
-
-    It is where the CPU computes, and where the GPU shares its memory. On CUDA, where it is possible too, to copy pieces
-    and have the GPU join them was measured to be faster.
-    """
-    return backend_name() != "cuda"
-
-
 def has_device_memory() -> bool:
-    """Whether arrays are in memory of the GPU's own, which the CPU can't look at without moving them."""
+    """Whether arrays are in memory of the GPU's own, which the CPU can't look at or write to without moving them.
+
+    Where they aren't, writing to their memory is the fastest way to fill them. Where they are, to copy pieces and have
+    the GPU join them was measured to be faster.
+    """
     return backend_name() == "cuda"
 
 

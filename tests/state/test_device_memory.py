@@ -16,7 +16,6 @@ from omlx_core.state.arrays import DeviceCopy, to_payloads
 def device_memory(monkeypatch):
     """What the engine does on a GPU with memory of its own; counts the looks at bytes, by whether it was a copy."""
     monkeypatch.setattr(prompt_state, "has_device_memory", lambda: True)
-    monkeypatch.setattr(prompt_state, "can_write_to_arrays", lambda: False)
     looks = {True: 0, False: 0}
     view = DeviceCopy.view
 

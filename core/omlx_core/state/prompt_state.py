@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from omlx_core.mlx_backend import can_write_to_arrays, has_device_memory, mx
+from omlx_core.mlx_backend import has_device_memory, mx
 
 from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
 from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows
@@ -73,7 +73,7 @@ class PromptStateCodec:
                 self._windows[path] = handler
         # All of them or none: a block has one layout for the rows of all layers.
         adopting = {path: handler for path, handler in self._rows.items() if isinstance(handler, AdoptingHandler)}
-        self._adopting = adopting if can_write_to_arrays() and len(adopting) == len(self._rows) else {}
+        self._adopting = adopting if not self._on_device and len(adopting) == len(self._rows) else {}
         if unknown or not self._leaves:
             raise UnsupportedLayerError(", ".join(sorted(unknown)) or "no layers")
 
