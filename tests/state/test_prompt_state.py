@@ -4,6 +4,7 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 import pytest
+from filled_layers import BLOCK_SIZE, bits, capture, filled_layer
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from omlx_core.cache.parts import PrefixContent
@@ -11,27 +12,6 @@ from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
 from omlx_core.state.prompt_state import PromptStateCodec, UnsupportedLayerError
-
-BLOCK_SIZE = 16
-
-
-def filled_layer(num_tokens, *, heads=2, dim=8, value_dim=8, dtype=mx.float32, seed=0):
-    keys, values = (
-        mx.random.normal((1, heads, num_tokens, size), key=mx.random.key(seed + i)).astype(dtype)
-        for i, size in enumerate((dim, value_dim))
-    )
-    layer = KVCache()
-    layer.update_and_fetch(keys, values)
-    mx.eval(layer.state)
-    return layer
-
-
-def capture(codec, layers, num_blocks):
-    return [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
-
-
-def bits(array):
-    return bytes(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
 
 
 def from_disk(payload):

@@ -4,8 +4,9 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 import pytest
+from filled_layers import BLOCK_SIZE, bits, capture, filled_layer
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import CacheList
 
 from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import BlockPayload, BlockTensor, InPlace
@@ -15,27 +16,7 @@ from omlx_core.state.prompt_state import PromptStateCodec
 from omlx_core.state.quantized import KVQuantization, QuantizedHandler
 from omlx_core.state.row_arrays import RowArrays
 
-BLOCK_SIZE = 16
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
-
-
-def filled_layer(num_tokens, *, heads=2, dim=8, value_dim=8, dtype=mx.float32, seed=0):
-    keys, values = (
-        mx.random.normal((1, heads, num_tokens, size), key=mx.random.key(seed + i)).astype(dtype)
-        for i, size in enumerate((dim, value_dim))
-    )
-    layer = KVCache()
-    layer.update_and_fetch(keys, values)
-    mx.eval(layer.state)
-    return layer
-
-
-def capture(codec, layers, num_blocks):
-    return [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
-
-
-def bits(array):
-    return bytes(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
 
 
 def read_to(buffers, position, payload):
@@ -168,7 +149,7 @@ def test_rows_are_joined_where_they_can_not_be_put_in_place(monkeypatch):
     assert PromptStateCodec(layers, BLOCK_SIZE, find=lambda _: quantized).allocate(payload.layout, 40) is None
     odd = BlockPayload({"0.keys": BlockTensor("F32", (2,), memoryview(bytes(8)))})
     assert codec.allocate(odd.layout, 40) is None
-    monkeypatch.setattr(prompt_state, "can_write_to_arrays", lambda: False)
+    monkeypatch.setattr(prompt_state, "has_device_memory", lambda: True)
     joining = PromptStateCodec(layers, BLOCK_SIZE)
     assert joining.allocate(payload.layout, 40) is None
     [joined], _ = joining.restore(PrefixContent(payloads, {}), num_tokens=32, capacity=40)
