@@ -295,15 +295,12 @@ class Engine:
         Raises:
             As `generate`.
         """
-        make_requests = self._maker.prepare(_with_user(prompt), 1, options, ends_with_prompt=True)
-        [result] = results_of([*run(self._scheduler, make_requests)], 1)
+        [result] = self._sample(_with_user(prompt), 1, options, ends_with_prompt=True)
         return result.usage
 
     async def aprefill(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Usage:
         """Like `prefill`, on an event loop; cancelling the task cancels the request."""
-        make_requests = self._maker.prepare(_with_user(prompt), 1, options, ends_with_prompt=True)
-        async with aclosing(arun(self._scheduler, make_requests)) as running:
-            [result] = results_of([arrived async for arrived in running], 1)
+        [result] = await self._asample(_with_user(prompt), 1, options, ends_with_prompt=True)
         return result.usage
 
     def pins(self) -> list[PinnedPrefix]:
@@ -347,11 +344,17 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _sample(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[GenerationResult]:
-        return results_of([*run(self._scheduler, self._maker.prepare(prompt, n, options))], n)
+    def _sample(
+        self, prompt: Prompt, n: int, options: GenerationOptions, *, ends_with_prompt: bool = False
+    ) -> list[GenerationResult]:
+        make_requests = self._maker.prepare(prompt, n, options, ends_with_prompt=ends_with_prompt)
+        return results_of([*run(self._scheduler, make_requests)], n)
 
-    async def _asample(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[GenerationResult]:
-        async with aclosing(arun(self._scheduler, self._maker.prepare(prompt, n, options))) as running:
+    async def _asample(
+        self, prompt: Prompt, n: int, options: GenerationOptions, *, ends_with_prompt: bool = False
+    ) -> list[GenerationResult]:
+        make_requests = self._maker.prepare(prompt, n, options, ends_with_prompt=ends_with_prompt)
+        async with aclosing(arun(self._scheduler, make_requests)) as running:
             return results_of([arrived async for arrived in running], n)
 
 
