@@ -191,11 +191,15 @@ def _write_all(fd: int, buffers: Sequence[bytes | memoryview]) -> None:
     # Systems cap a single write near 2 GiB.
     waiting = deque(memoryview(buffer) for buffer in buffers if len(buffer))
     while waiting:
-        count = os.writev(fd, list(itertools.islice(waiting, _MAX_BUFFERS)))
-        while waiting and count >= len(waiting[0]):
-            count -= len(waiting.popleft())
-        if count:
-            waiting[0] = waiting[0][count:]
+        _drop_front(waiting, os.writev(fd, list(itertools.islice(waiting, _MAX_BUFFERS))))
+
+
+def _drop_front(buffers: deque[memoryview], num_bytes: int) -> None:
+    """Take away what a call has dealt with, which may end within a buffer."""
+    while buffers and num_bytes >= len(buffers[0]):
+        num_bytes -= len(buffers.popleft())
+    if num_bytes:
+        buffers[0] = buffers[0][num_bytes:]
 
 
 def read_block_identity(file: io.FileIO) -> BlockIdentity:
@@ -342,18 +346,12 @@ def _batches(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _scatter_into(file: io.FileIO, pieces: Sequence[memoryview]) -> None:
-    left = [piece for piece in pieces if len(piece)]
+    left = deque(piece for piece in pieces if len(piece))
     while left:
-        count = os.readv(file.fileno(), left)
+        count = os.readv(file.fileno(), list(left))
         if not count:
             raise CorruptBlockError(f"the file ends {sum(map(len, left))} bytes early")
-        num_filled = 0
-        while num_filled < len(left) and count >= len(left[num_filled]):
-            count -= len(left[num_filled])
-            num_filled += 1
-        del left[:num_filled]
-        if count:
-            left[0] = left[0][count:]
+        _drop_front(left, count)
 
 
 def _read_into(file: io.FileIO, buffer: memoryview) -> None:
