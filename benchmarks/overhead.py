@@ -23,26 +23,25 @@ import asyncio
 import cProfile
 import pstats
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 
+from decode_rate import Decode, DecodeRate, Prompts
 from harness import Figure, medians_in_turn, print_report, print_table
 from mlx_lm_alone import batch_generator_arrivals_s
-from models import SAMPLE_MODEL, build, vocab_size
+from models import SAMPLE_MODEL, build
 from steps import between_steps_us, timed_steps
 
 from omlx_core import CacheSettings, Engine
 from omlx_core.model.loading import load_model
 from omlx_core.model.sample_model import ensure_sample_model
-from omlx_core.request_timing import decode_tokens_per_s, draw_tokens, stream_at_once, warm_up
+from omlx_core.request_timing import stream_at_once, warm_up
 
 BATCH_SIZE = 8
 PROMPT_TOKENS = 32
 BAR_US = 150.0
-
-Prompts = Sequence[Sequence[int]]
 
 
 def on_event_loop(engine: Engine, prompts: Prompts, num_tokens: int) -> list[list[float]]:
@@ -66,21 +65,15 @@ def open_engine(name: str) -> Engine:
 
 
 def measure(name: str, args: argparse.Namespace) -> list[Figure]:
-    seed = 0
     with open_engine(name) as engine:
         model = engine._scheduler._model
         warm_up(engine)
+        rate = DecodeRate(model, PROMPT_TOKENS, args.tokens)
 
-        def us_per_token(decode: Callable[[Prompts, int], list[list[float]]]) -> float:
-            nonlocal seed
-            seeds = range(seed, seed := seed + BATCH_SIZE)
-            prompts = [draw_tokens(s, PROMPT_TOKENS, vocab_size(model)) for s in seeds]
-            rate = decode_tokens_per_s(decode(prompts, args.tokens))
-            if rate is None:
-                raise RuntimeError(f"--tokens {args.tokens}: streams ended before others began")
-            return 1e6 / rate
+        def us_per_token(decode: Decode) -> float:
+            return 1e6 / rate.tokens_per_s(decode, BATCH_SIZE)
 
-        ways = {
+        ways: dict[str, Decode] = {
             "BatchGenerator": partial(batch_generator_arrivals_s, model),
             "threads": partial(stream_at_once, engine),
             "event loop": partial(on_event_loop, engine),

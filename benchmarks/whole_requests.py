@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 from omlx_core.mlx_backend import mx
 
 import numpy as np
+from decode_rate import Decode, DecodeRate
 from harness import Figure, medians_in_turn, print_report, print_table, seconds
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
@@ -43,8 +44,6 @@ from omlx_core import CacheSettings, Engine, EngineSettings
 from omlx_core.request_timing import (
     Conversation,
     Situation,
-    decode_tokens_per_s,
-    draw_tokens,
     stream_at_once,
     time_from_ssd,
     time_in_process,
@@ -58,7 +57,6 @@ DECODE_PROMPT_TOKENS = 200  # with an answer of 64 a stream crosses the end of a
 WAIT_S = 600.0
 
 Samples = dict[str, list[float]]
-Decode = Callable[[Sequence[Sequence[int]], int], list[list[float]]]
 
 
 def mlx_lm_ttft_s(model: Any, prompt: Sequence[int], step: int, prompt_cache: list[Any] | None = None) -> float:
@@ -226,7 +224,7 @@ def ttft_figures(name: str, medians: dict[str, float]) -> list[Figure]:
 
 def decode_figures(name: str, model: Any, args: argparse.Namespace) -> list[Figure]:
     """Decoding speed, everything missing the cache."""
-    figures, seed = [], 0
+    figures, rate = [], DecodeRate(model, DECODE_PROMPT_TOKENS, args.decode_tokens)
     with Engine(model, cache=CacheSettings(), settings=EngineSettings(prefill_step_size=args.step)) as engine:
         warm_up(engine)
         for batch_size, theirs in ((1, generate_step_arrivals_s), (BATCH_SIZE, batch_generator_arrivals_s)):
@@ -235,16 +233,7 @@ def decode_figures(name: str, model: Any, args: argparse.Namespace) -> list[Figu
                 "mlx-lm": partial(theirs, model),
             }
 
-            def rate(decode: Decode, batch_size: int = batch_size) -> float:
-                nonlocal seed
-                seeds = range(seed, seed := seed + batch_size)
-                prompts = [draw_tokens(s, DECODE_PROMPT_TOKENS, vocab_size(model)) for s in seeds]
-                rate = decode_tokens_per_s(decode(prompts, args.decode_tokens))
-                if rate is None:
-                    raise RuntimeError(f"--decode-tokens {args.decode_tokens}: streams ended before others began")
-                return rate
-
-            measures = {way: partial(rate, decode) for way, decode in ways.items()}
+            measures = {way: partial(rate.tokens_per_s, decode, batch_size) for way, decode in ways.items()}
             medians = medians_in_turn(measures, args.runs, description=f"{name}, decode {batch_size}", warm_up=1)
             limit = medians["mlx-lm"]
             other = "generate_step" if batch_size == 1 else "BatchGenerator"

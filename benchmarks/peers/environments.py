@@ -10,7 +10,7 @@ import tempfile
 import venv
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omlx_core.model.sample_model import SAMPLE_MODEL
@@ -89,15 +89,7 @@ PEERS = (
         variables={"OMLX_CORE": str(ROOT / "core" / "omlx_core")},
     ),
     _APC,
-    Peer(
-        label="mlx-vlm APC, 64-token blocks",
-        adapter=_APC.adapter,
-        does=_APC.does,
-        has_fsync=False,
-        environment_name=_APC.environment_name,
-        requirements=_APC.requirements,
-        variables={"APC_BLOCK_SIZE": "64"},
-    ),
+    replace(_APC, label="mlx-vlm APC, 64-token blocks", variables={"APC_BLOCK_SIZE": "64"}),
     Peer(
         label="flyto-mlx (oMLX), 256-token blocks",
         adapter="adapter_flyto_mlx.py",
