@@ -128,8 +128,10 @@ def open_cache(directory: Path | None = None, hot_max_bytes: int | None = None) 
 
 
 def capture_from(codec: PromptStateCodec, layers: PromptCache) -> CaptureBlock:
+    copies = codec.rows_of(layers, layers[0].offset)
+
     def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock:
-        return CapturedBlock(None if has_rows else codec.capture_rows(layers, start, stop))
+        return CapturedBlock(None if has_rows else copies.copy(start, stop))
 
     return capture
 
@@ -159,7 +161,7 @@ def restore(cache: TieredCache, codec: PromptStateCodec, tokens: Sequence[int], 
 
 def bench_match(runs: int) -> list[Figure]:
     figures, match_s = [], {}
-    payload = make_codec(TINY).capture_rows(make_layers(TINY), 0, BLOCK_SIZE)
+    payload = make_codec(TINY).rows_of(make_layers(TINY), BLOCK_SIZE).copy(0, BLOCK_SIZE)
     for num_tokens, bar_ms in ((32_768, 5.0), (1_048_576, 150.0)):
         tokens = make_tokens(num_tokens)
         raw = np.asarray(tokens, "<u4").tobytes()
@@ -203,7 +205,7 @@ def make_pool(num_blocks: int, payload: BlockPayload) -> tuple[BlockPool, list[C
 
 
 def bench_pool(runs: int) -> list[Figure]:
-    payload = make_codec(SHAPES["small"]).capture_rows(make_layers(SHAPES["small"]), 0, BLOCK_SIZE)
+    payload = make_codec(SHAPES["small"]).rows_of(make_layers(SHAPES["small"]), BLOCK_SIZE).copy(0, BLOCK_SIZE)
     worst_us: dict[str, dict[int, float]] = {}
     for num_blocks in (1_000, 10_000, 100_000, 1_000_000):
         pool, blocks = make_pool(num_blocks, payload)

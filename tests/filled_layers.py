@@ -28,7 +28,10 @@ def filled_layer(
 
 
 def capture(codec: PromptStateCodec, layers: list[Any], num_blocks: int) -> list[BlockPayload]:
-    return [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
+    return [
+        codec.rows_of(layers, (i + 1) * BLOCK_SIZE).copy(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE)
+        for i in range(num_blocks)
+    ]
 
 
 def bits(array: mx.array) -> bytes:

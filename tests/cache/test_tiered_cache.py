@@ -758,7 +758,7 @@ class Places:
 def read_to_places(
     cache: TieredCache, prompt: Sequence[int], earlier: PendingRestore | None = None
 ) -> tuple[PendingRestore, Places]:
-    pending = cache.match(prompt, allocate=lambda layout: Places(layout, len(prompt) // BLOCK_SIZE), earlier=earlier)
+    pending = cache.match(prompt, allocate=lambda layout, _: Places(layout, len(prompt) // BLOCK_SIZE), earlier=earlier)
     assert isinstance(pending.buffers, Places)
     return pending, pending.buffers
 

@@ -1013,13 +1013,21 @@ def test_unloading_gives_the_memory_back(real_pool):
     before_bytes = mx.get_active_memory()
     with real_pool.lease("a") as engine:
         engine.generate(tokens(200), max_tokens=5)
-        size_bytes = engine.memory_bytes
-    assert engine.cache.stats().hot.hot_bytes > 0
+        size_bytes = engine.memory_bytes - engine.cache.stats().hot.hot_bytes
+    blocks = [
+        weakref.ref(tensor.source)
+        for block in engine.cache._paged._pool._blocks
+        if block.payload is not None
+        for tensor in block.payload.tensors.values()
+    ]
+    assert blocks
+    assert all(block() is not None for block in blocks)
     assert mx.get_active_memory() >= before_bytes + size_bytes
     del engine
     real_pool.unload("a")
     assert mx.get_active_memory() <= before_bytes + size_bytes // 20
     assert mx.get_cache_memory() == 0
+    assert not any(block() for block in blocks)
 
 
 def test_the_size_is_that_of_the_weights_and_of_what_is_cached_in_ram(real_pool, model_folders):

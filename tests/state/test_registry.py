@@ -343,7 +343,10 @@ def test_blocks_share_nothing_with_the_caches_they_are_cut_from_and_restored_to(
     register(NegatedKVCache)
     layers = [filled(num_tokens=num_blocks * BLOCK_SIZE)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
-    blocks = [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(num_blocks)]
+    blocks = [
+        codec.rows_of(layers, (i + 1) * BLOCK_SIZE).copy(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE)
+        for i in range(num_blocks)
+    ]
     before = [bytes_of(block) for block in blocks]
     num_tokens = num_blocks * BLOCK_SIZE
     [restored], _ = codec.restore(PrefixContent(blocks, {}), num_tokens=num_tokens, capacity=num_tokens)
@@ -359,7 +362,7 @@ def test_checkpoints_share_nothing_with_the_caches_they_are_taken_of_and_restore
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     checkpoint = codec.capture_checkpoint(layers)
     before = bytes_of(checkpoint)
-    empty = codec.capture_rows(layers, 0, BLOCK_SIZE)
+    empty = codec.rows_of(layers, BLOCK_SIZE).copy(0, BLOCK_SIZE)
     content = PrefixContent([empty], {PartKey(0, CHECKPOINT): checkpoint})
     [restored], _ = codec.restore(content, num_tokens=BLOCK_SIZE, capacity=BLOCK_SIZE)
     for layer in (*layers, restored):
@@ -373,7 +376,7 @@ def test_captured_blocks_do_not_keep_the_cache_they_were_cut_from():
     mx.clear_cache()
     before = mx.get_active_memory()
     layers = [filled(num_tokens=4096)]
-    payload = PromptStateCodec(layers, BLOCK_SIZE).capture_rows(layers, 0, BLOCK_SIZE)
+    payload = PromptStateCodec(layers, BLOCK_SIZE).rows_of(layers, BLOCK_SIZE).copy(0, BLOCK_SIZE)
     del layers
     # Allocations are rounded up to pages of at most 16 KiB.
     assert mx.get_active_memory() - before <= payload.size_bytes + 2 * 16384
@@ -396,14 +399,14 @@ def test_rows_that_would_make_wrong_blocks_are_refused(rows, message, monkeypatc
     monkeypatch.setattr(NegatedKVHandler, "rows", lambda *_: rows)
     layers = [filled()]
     with pytest.raises(EngineError, match=f"NegatedKVHandler failed in rows.*{message}.*update or uninstall"):
-        PromptStateCodec(layers, BLOCK_SIZE).capture_rows(layers, 0, BLOCK_SIZE)
+        PromptStateCodec(layers, BLOCK_SIZE).rows_of(layers, BLOCK_SIZE).copy(0, BLOCK_SIZE)
 
 
 def test_layer_of_another_class_than_the_registered_is_refused():
     register(NegatedKVCache)
     codec = PromptStateCodec([NegatedKVCache()], BLOCK_SIZE)
     with pytest.raises(EngineError, match=r"a mlx_lm.models.cache:KVCache came in place of a .*:NegatedKVCache"):
-        codec.capture_rows([filled(KVCache)], 0, BLOCK_SIZE)
+        codec.rows_of([filled(KVCache)], BLOCK_SIZE).copy(0, BLOCK_SIZE)
 
 
 RESTORED = {
@@ -420,7 +423,7 @@ def test_restored_layer_that_would_answer_wrongly_is_refused(make, error, messag
     monkeypatch.setattr(NegatedKVHandler, "restore", lambda *_: make())
     layers = [filled()]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
-    blocks = [codec.capture_rows(layers, i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(2)]
+    blocks = [codec.rows_of(layers, (i + 1) * BLOCK_SIZE).copy(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE) for i in range(2)]
     with pytest.raises(error, match=message):
         codec.restore(PrefixContent(blocks, {}), num_tokens=32, capacity=32)
 
@@ -438,7 +441,8 @@ def test_layer_that_is_never_filled_is_restored_empty():
     layers = [NegatedArraysCache(2), NegatedKVCache(), filled()]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     content = PrefixContent(
-        [codec.capture_rows(layers, 0, BLOCK_SIZE)], {PartKey(0, CHECKPOINT): codec.capture_checkpoint(layers)}
+        [codec.rows_of(layers, BLOCK_SIZE).copy(0, BLOCK_SIZE)],
+        {PartKey(0, CHECKPOINT): codec.capture_checkpoint(layers)},
     )
     restored, _ = codec.restore(content, num_tokens=BLOCK_SIZE, capacity=BLOCK_SIZE)
     assert [layer.empty() for layer in restored] == [True, True, False]

@@ -11,7 +11,8 @@ from mlx_lm.models.cache import CacheList
 from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import BlockPayload, BlockTensor, InPlace
 from omlx_core.errors import CacheInvariantError
-from omlx_core.state import prompt_state, row_arrays
+from omlx_core.state import row_arrays
+from omlx_core.state.arrays import to_payloads
 from omlx_core.state.prompt_state import PromptStateCodec
 from omlx_core.state.quantized import KVQuantization, QuantizedHandler
 from omlx_core.state.row_arrays import RowArrays
@@ -48,7 +49,7 @@ def test_hot_and_cold_blocks_come_together_bit_for_bit(dtype, num_threads, monke
     layers = [filled_layer(80, dtype=dtype, seed=i, value_dim=4) for i in range(3)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 5)
-    buffers = codec.allocate(payloads[0].layout, 100)
+    buffers = codec.allocate(payloads[0].layout, (), 100)
     for position in (1, 4):
         read_to(buffers, position, payloads[position])
     rows = [InPlace.IN_PLACE if position in (1, 4) else payload for position, payload in enumerate(payloads)]
@@ -65,7 +66,7 @@ def test_composed_layers_and_layers_without_elements_are_put_together():
     layers = [CacheList(filled_layer(32), filled_layer(32, seed=5, value_dim=0)), filled_layer(32, heads=1, seed=9)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 2)
-    buffers = codec.allocate(payloads[0].layout, 33)
+    buffers = codec.allocate(payloads[0].layout, (), 33)
     for position, payload in enumerate(payloads):
         read_to(buffers, position, payload)
     restored, _ = codec.restore(PrefixContent([InPlace.IN_PLACE] * 2, {}, buffers), num_tokens=32, capacity=33)
@@ -81,7 +82,7 @@ def test_what_was_in_memory_never_reaches_attention(dtype, stale_memory):
     layers = [filled_layer(48, dtype=dtype)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 3)
-    buffers = codec.allocate(payloads[0].layout, 300)
+    buffers = codec.allocate(payloads[0].layout, (), 300)
     read_to(buffers, 0, payloads[0])
     # The second block came and went, as one that was found damaged after it had been read.
     buffers.segments(1, payloads[1].layout)[0][:] = b"\xff" * len(buffers.segments(1, payloads[1].layout)[0])
@@ -115,7 +116,7 @@ def test_the_first_tokens_after_a_restore_are_written_without_a_copy_of_the_rest
     layers = [filled_layer(4096, heads=4, dim=64, value_dim=64)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 256)
-    buffers = codec.allocate(payloads[0].layout, 4200)
+    buffers = codec.allocate(payloads[0].layout, (), 4200)
     for position, payload in enumerate(payloads):
         read_to(buffers, position, payload)
     [layer], _ = codec.restore(PrefixContent([InPlace.IN_PLACE] * 256, {}, buffers), num_tokens=4096, capacity=4200)
@@ -131,7 +132,7 @@ def test_blocks_of_another_layout_have_no_place():
     layers = [filled_layer(32)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     [payload] = capture(codec, layers, 1)
-    buffers = codec.allocate(payload.layout, 40)
+    buffers = codec.allocate(payload.layout, (), 40)
     [other] = capture(PromptStateCodec(layers, BLOCK_SIZE), [filled_layer(32, dtype=mx.float16)], 1)
     assert buffers.segments(0, other.layout) is None
     assert buffers.segments(16, payload.layout) is None  # behind the 256 rows that there are
@@ -141,18 +142,22 @@ def test_blocks_of_another_layout_have_no_place():
         codec.restore(PrefixContent(rows, {}, buffers), num_tokens=32, capacity=40)
 
 
+def seen(tensor):
+    return np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
+
+
 def test_rows_are_joined_where_they_can_not_be_put_in_place(monkeypatch):
     layers = [filled_layer(32)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     [payload, _] = payloads = capture(codec, layers, 2)
     quantized = QuantizedHandler(KVQuantization(bits=8, group_size=32, start_tokens=1024))
-    assert PromptStateCodec(layers, BLOCK_SIZE, find=lambda _: quantized).allocate(payload.layout, 40) is None
+    assert PromptStateCodec(layers, BLOCK_SIZE, find=lambda _: quantized).allocate(payload.layout, (), 40) is None
     odd = BlockPayload({"0.keys": BlockTensor("F32", (2,), memoryview(bytes(8)))})
-    assert codec.allocate(odd.layout, 40) is None
-    monkeypatch.setattr(prompt_state, "has_device_memory", lambda: True)
-    joining = PromptStateCodec(layers, BLOCK_SIZE)
-    assert joining.allocate(payload.layout, 40) is None
-    [joined], _ = joining.restore(PrefixContent(payloads, {}), num_tokens=32, capacity=40)
+    assert codec.allocate(odd.layout, (), 40) is None
+    monkeypatch.setattr(RowArrays, "fits", lambda *_: False)
+    blocks = to_payloads([{name: mx.array(seen(each)) for name, each in p.tensors.items()} for p in payloads])
+    [joined], _ = codec.restore(PrefixContent(blocks, {}), num_tokens=32, capacity=40)
+    monkeypatch.undo()
     [filled], _ = codec.restore(PrefixContent(payloads, {}), num_tokens=32, capacity=40)
     assert bits(joined.keys) == bits(filled.keys)
 

@@ -48,8 +48,8 @@ CaptureBlock = Callable[[int, int, bool], CapturedBlock | None]
 """Copies the tokens ``[start, stop)`` of a running sequence; without rows if the last argument says that RAM has them.
 None if they can't be had any more."""
 
-Allocate = Callable[[BlockLayout], RowBuffers | None]
-"""Memory for the rows of blocks of that layout; None if each block's rows are to be had by themselves."""
+Allocate = Callable[[BlockLayout, Sequence[int]], RowBuffers | None]
+"""Memory for the rows of blocks of that layout at these positions; None if each is to have memory of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +160,10 @@ class TieredCache:
             earlier.cancel()
             earlier = None
         buffers = earlier.buffers if earlier is not None else None
-        if buffers is None and allocate is not None and any(block.payload is None for block in table.blocks):
+        unread = [position for position, block in enumerate(table.blocks) if block.payload is None]
+        if buffers is None and allocate is not None and unread:
             layout = self._find_layout(table)
-            buffers = allocate(layout) if layout is not None else None
+            buffers = allocate(layout, unread) if layout is not None else None
         rows = [self._rows(table, position, buffers, earlier) for position in range(len(table.blocks))]
         parts = {key: self._part(block, key, earlier) for key, block in table.parts.items()}
         if self._ssd is not None:

@@ -20,7 +20,7 @@ from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.prompt_caches import PromptCaches
 from omlx_core.engine.request import Request
 from omlx_core.settings import EngineSettings
-from omlx_core.state.prompt_state import PromptCache, PromptStateCodec
+from omlx_core.state.prompt_state import PromptCache, PromptStateCodec, RowSource
 from omlx_core.state.recorder import WindowRecorder
 
 logger = logging.getLogger(__name__)
@@ -270,14 +270,20 @@ class PrefixReuse:
         if codec is None or table is None or not request.params.store:
             return
         size = self._cache.block_size
+        copies: RowSource | None = None
 
         def capture(start: int, stop: int, has_rows: bool) -> CapturedBlock | None:
+            nonlocal copies
             window = None
             if recorder is not None:
                 window = recorder.take(start // size)
                 if window is None:
                     return None
-            return CapturedBlock(None if has_rows else codec.capture_rows(prompt_cache, start, stop), window)
+            if has_rows:
+                return CapturedBlock(None, window)
+            if copies is None:
+                copies = codec.rows_of(prompt_cache, table.num_tokens // size * size)
+            return CapturedBlock(copies.copy(start, stop), window)
 
         with mx.stream(generation_stream):
             if recorder is not None:

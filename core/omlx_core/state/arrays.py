@@ -37,6 +37,11 @@ def is_known_dtype(name: str) -> bool:
     return name in _DTYPES
 
 
+def name_of(dtype: mx.Dtype) -> str:
+    """The safetensors name of an element type."""
+    return _NAMES[dtype]
+
+
 def dtype_of(name: str) -> mx.Dtype:
     """MLX's element type of a safetensors name that `is_known_dtype`."""
     return _DTYPES[name]
@@ -50,27 +55,32 @@ class DeviceCopy:
     for a whole block, since the GPU stops for each that is moved.
 
     Args:
-        array: the elements as bytes.
+        array: bytes on the device.
+        start: where the elements begin there.
+        size_bytes: how many bytes they take.
         copy: the same, among others, in memory of their own; None if they won't be written.
-        start: where they begin in the copy.
+        copy_start: where they begin there.
     """
 
-    def __init__(self, array: mx.array, copy: mx.array | None, start: int = 0) -> None:
+    def __init__(
+        self, array: mx.array, start: int, size_bytes: int, copy: mx.array | None = None, copy_start: int = 0
+    ) -> None:
         self._array = array
-        self._copy = copy
         self._start = start
+        self._size_bytes = size_bytes
+        self._copy = copy
+        self._copy_start = copy_start
 
     @property
     def nbytes(self) -> int:
         """How many bytes there are."""
-        return int(self._array.nbytes)
+        return self._size_bytes
 
     def view(self) -> memoryview:
         """The bytes, of the copy if it is still there."""
         copy = self._copy
-        if copy is None:
-            return memoryview(self._array).toreadonly()
-        return memoryview(copy).toreadonly()[self._start : self._start + self.nbytes]
+        whole, start = (self._array, self._start) if copy is None else (copy, self._copy_start)
+        return memoryview(whole).toreadonly()[start : start + self._size_bytes]
 
     def release(self) -> None:
         """Let go of the copy."""
@@ -94,14 +104,17 @@ def to_payloads(
     views = [{name: array.reshape(-1).view(mx.uint8) for name, array in arrays.items()} for arrays in blocks]
     sources: list[dict[str, memoryview | DeviceBytes]]
     if on_device:
-        copies = [_joined(list(each.values())) if are_written and each else None for each in views]
+        copies = [joined_bytes(list(each.values())) if are_written and each else None for each in views]
         made = [copy for copy in copies if copy is not None]
         mx.async_eval([list(each.values()) for each in blocks], [list(each.values()) for each in views], made)
         sources = []
         for each, copy in zip(views, copies, strict=True):
             starts = itertools.accumulate((seen.nbytes for seen in each.values()), initial=0)
             sources.append(
-                {name: DeviceCopy(seen, copy, start) for (name, seen), start in zip(each.items(), starts, strict=False)}
+                {
+                    name: DeviceCopy(seen, 0, seen.nbytes, copy, start)
+                    for (name, seen), start in zip(each.items(), starts, strict=False)
+                }
             )
     else:
         mx.eval([list(arrays.values()) for arrays in blocks], [list(arrays.values()) for arrays in views])
@@ -109,7 +122,7 @@ def to_payloads(
     return [
         BlockPayload(
             {
-                name: BlockTensor(_NAMES[array.dtype], tuple(array.shape), source[name], array)
+                name: BlockTensor(name_of(array.dtype), tuple(array.shape), source[name], array)
                 for name, array in arrays.items()
             }
         )
@@ -117,8 +130,8 @@ def to_payloads(
     ]
 
 
-def _joined(views: list[mx.array]) -> mx.array:
-    """One after the other, in memory of their own."""
+def joined_bytes(views: list[mx.array]) -> mx.array:
+    """Arrays of bytes one after the other, lazy, in memory of their own."""
     return mx.concatenate(views) if len(views) > 1 else views[0] + mx.array(0, mx.uint8)
 
 

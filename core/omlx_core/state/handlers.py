@@ -68,6 +68,10 @@ class JoinedRowsHandler:
 class TokenSlicedHandler(JoinedRowsHandler):
     """Full attention: keys and values of shape ``[1, kv_heads, tokens, head_dim]``; `mlx_lm.models.cache.KVCache`."""
 
+    def arrays(self, leaf: Any) -> Arrays:
+        """The keys and the values."""
+        return {"keys": leaf.keys, "values": leaf.values}
+
     def capacity(self, num_tokens: int) -> int:
         """The cache's own steps."""
         step: int = mlx_lm_cache.KVCache.step

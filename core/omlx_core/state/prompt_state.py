@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from omlx_core.mlx_backend import has_device_memory, mx
 
 from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
-from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows
+from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows, RowBuffers
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
 from omlx_core.state.handlers import find_handler, leaves_of, rebuild
+from omlx_core.state.packed_blocks import PackedBlocks, PackedCopies, PackedRows, join_packed
 from omlx_core.state.protocols import AdoptingHandler, Arrays, CheckpointHandler, Handler, RowHandler
 from omlx_core.state.registry import class_name
 from omlx_core.state.row_arrays import RowArrays
+from omlx_core.state.row_copies import RowCopies
 
 PromptCache = list[Any]
 """One mlx-lm cache object per layer, as its `make_prompt_cache` gives it."""
@@ -73,7 +75,7 @@ class PromptStateCodec:
                 self._windows[path] = handler
         # All of them or none: a block has one layout for the rows of all layers.
         adopting = {path: handler for path, handler in self._rows.items() if isinstance(handler, AdoptingHandler)}
-        self._adopting = adopting if not self._on_device and len(adopting) == len(self._rows) else {}
+        self._adopting = adopting if len(adopting) == len(self._rows) else {}
         if unknown or not self._leaves:
             raise UnsupportedLayerError(", ".join(sorted(unknown)) or "no layers")
 
@@ -122,15 +124,29 @@ class PromptStateCodec:
         keys = [PartKey(position, WINDOW) for position in sorted(positions, reverse=True)]
         return [PartKey(num_blocks - 1, CHECKPOINT), *keys] if self._checkpoints else keys
 
-    def capture_rows(self, prompt_cache: PromptCache, start: int, stop: int) -> BlockPayload:
-        """Copy the rows of tokens ``[start, stop)`` of the full-attention leaves; empty if there are none.
+    def rows_of(self, prompt_cache: PromptCache, num_tokens: int) -> RowSource:
+        """What copies the rows of the full-attention leaves, block by block; to be let go of before the next step.
+
+        Args:
+            prompt_cache: the leaves.
+            num_tokens: up to where blocks will be copied.
 
         Raises:
             CacheInvariantError: a leaf has not seen all these tokens.
         """
         leaves = leaves_of(prompt_cache)
-        _check_length(self._rows, leaves, at_least=stop)
-        return self.to_payload(self.lazy_rows(self._rows, leaves, start, stop) or {})
+        _check_length(self._rows, leaves, at_least=num_tokens)
+        if not self._adopting:
+            return _LazyRows(self, self._rows, leaves)
+        held = {path: handler for path, handler in self._adopting.items() if not leaves[path].empty()}
+        arrays = {
+            f"{path}.{name}": array
+            for path, handler in held.items()
+            for name, array in handler.arrays(leaves[path]).items()
+        }
+        if self._on_device:
+            return PackedCopies(arrays, num_tokens, are_written=self._are_written)
+        return RowCopies(arrays)
 
     def capture_checkpoint(self, prompt_cache: PromptCache) -> BlockPayload:
         """Keep the state of the recurrent leaves, as it is now."""
@@ -147,16 +163,22 @@ class PromptStateCodec:
         [payload] = to_payloads([arrays], on_device=self._on_device, are_written=self._are_written)
         return payload
 
-    def allocate(self, layout: BlockLayout, capacity: int) -> RowArrays | None:
-        """Arrays for the rows of blocks to be read to; None if that doesn't suit the model, its blocks or the backend.
+    def allocate(self, layout: BlockLayout, positions: Sequence[int], capacity: int) -> RowBuffers | None:
+        """Memory for the rows of blocks to be read to; None if that doesn't suit the model or its blocks.
 
         Args:
             layout: what the tensors of each block are.
+            positions: of the blocks that are to be read.
             capacity: tokens to have room for.
         """
         if not self._adopting or not layout or not RowArrays.fits(layout, self._block_size):
             return None
-        return RowArrays(layout, self._block_size, max(each.capacity(capacity) for each in self._adopting.values()))
+        if self._on_device:
+            return PackedBlocks(layout, positions)
+        return RowArrays(layout, self._block_size, self._room(capacity))
+
+    def _room(self, capacity: int) -> int:
+        return max(each.capacity(capacity) for each in self._adopting.values())
 
     def restore(self, content: PrefixContent, *, num_tokens: int, capacity: int) -> tuple[PromptCache, PrefixContent]:
         """Build a prompt cache, evaluated; what runs on it never changes the blocks.
@@ -176,17 +198,12 @@ class PromptStateCodec:
             raise CacheInvariantError(
                 f"{len(content.rows)} blocks of {self._block_size} tokens, where their table has {num_tokens} tokens"
             )
-        adopted = self._adopt(content, num_tokens, max(capacity, num_tokens + 1))
         part_payloads = with_arrays(list(content.parts.values()), on_device=self._on_device)
         parts = dict(zip(content.parts, part_payloads, strict=True))
-        rows = content.rows
         blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
         for key, payload in parts.items():
             blocks[key.part][key.position] = payload
-        leaves: dict[str, Any] = dict(adopted or {})
-        if adopted is None:
-            rows = with_arrays([_payload(each) for each in rows], on_device=self._on_device)
-            leaves.update(self._join(self._rows, dict(enumerate(rows)), num_tokens, capacity))
+        leaves, rows = self._restore_rows(content, num_tokens, capacity)
         leaves.update(self._join(self._windows, blocks[WINDOW], num_tokens, capacity))
         _check_length({**self._rows, **self._windows}, leaves, exactly=num_tokens)
         if self._checkpoints:
@@ -197,16 +214,34 @@ class PromptStateCodec:
         mx.eval([leaf.state for leaf in leaves.values()])
         return prompt_cache, PrefixContent(rows, parts, content.buffers)
 
-    def _adopt(self, content: PrefixContent, num_tokens: int, capacity: int) -> dict[str, Any] | None:
-        """The full-attention leaves, of arrays into which the rows of all blocks are written; None to join them."""
+    def _restore_rows(
+        self, content: PrefixContent, num_tokens: int, capacity: int
+    ) -> tuple[dict[str, Any], Sequence[LoadedRows]]:
+        """The full-attention leaves, and the rows to be kept in RAM."""
+        capacity = max(capacity, num_tokens + 1)
+        if self._on_device:
+            return self._join_rows([_payload(*item, content.buffers) for item in enumerate(content.rows)], capacity)
         arrays = content.buffers if content.in_place else None
-        if not content.in_place and content.rows:
-            arrays = self.allocate(_payload(content.rows[0]).layout, capacity)
+        if arrays is None and content.rows:
+            arrays = self.allocate(_payload(0, content.rows[0]).layout, (), capacity)
         if not isinstance(arrays, RowArrays):
-            return None
+            return self._join_rows([_payload(*item) for item in enumerate(content.rows)], capacity)
         payloads = {position: rows for position, rows in enumerate(content.rows) if isinstance(rows, BlockPayload)}
         arrays.fill(payloads, num_tokens)
-        by_path = _by_path(arrays.take())
+        return self._adopt(arrays.take(), num_tokens), content.rows
+
+    def _join_rows(self, rows: Sequence[BlockPayload], capacity: int) -> tuple[dict[str, Any], Sequence[BlockPayload]]:
+        num_tokens = len(rows) * self._block_size
+        if self._on_device and self._adopting and rows:
+            arrays = join_packed(rows, self._room(capacity))
+            if arrays is not None:
+                return self._adopt(arrays, num_tokens), rows
+        rows = with_arrays(rows, on_device=self._on_device)
+        return self._join(self._rows, dict(enumerate(rows)), num_tokens, capacity), rows
+
+    def _adopt(self, arrays: Arrays, num_tokens: int) -> dict[str, Any]:
+        """Leaves of arrays that are theirs from now on."""
+        by_path = _by_path(arrays)
         return {
             # A layer that never fills its cache (nemotron-nas has such) left nothing, and gets nothing.
             path: handler.adopt(leaf, by_path[path], num_tokens) if path in by_path else copy.copy(leaf)
@@ -245,6 +280,26 @@ class PromptStateCodec:
         return arrays
 
 
+class RowSource(Protocol):
+    """Copies rows block by block."""
+
+    def copy(self, start: int, stop: int) -> BlockPayload:
+        """The rows of tokens ``[start, stop)``; empty if no leaf has any."""
+        ...
+
+
+class _LazyRows:
+    """Rows of any handlers, copied as each of them does it."""
+
+    def __init__(self, codec: PromptStateCodec, handlers: Mapping[str, RowHandler], leaves: Mapping[str, Any]) -> None:
+        self._codec = codec
+        self._handlers = handlers
+        self._leaves = leaves
+
+    def copy(self, start: int, stop: int) -> BlockPayload:
+        return self._codec.to_payload(self._codec.lazy_rows(self._handlers, self._leaves, start, stop) or {})
+
+
 class _Fetch:
     """Finds the rows of one leaf in the blocks that hold them."""
 
@@ -268,7 +323,8 @@ class _Fetch:
 
 
 def _split(payload: BlockPayload) -> dict[str, Arrays]:
-    return _by_path({name: tensor.array for name, tensor in payload.tensors.items()})
+    arrays = {name: tensor.array for name, tensor in payload.tensors.items()}
+    return _by_path({name: each.get() if isinstance(each, PackedRows) else each for name, each in arrays.items()})
 
 
 def _by_path(arrays: Arrays) -> dict[str, Arrays]:
@@ -279,10 +335,13 @@ def _by_path(arrays: Arrays) -> dict[str, Arrays]:
     return dict(leaves)
 
 
-def _payload(rows: LoadedRows) -> BlockPayload:
-    if not isinstance(rows, BlockPayload):
-        raise CacheInvariantError("rows were put in memory that nothing is known of")
-    return rows
+def _payload(position: int, rows: LoadedRows, buffers: RowBuffers | None = None) -> BlockPayload:
+    """A block by itself."""
+    if isinstance(rows, BlockPayload):
+        return rows
+    if isinstance(buffers, PackedBlocks):
+        return buffers.take(position)
+    raise CacheInvariantError(f"the rows of block {position} are in memory that nothing is known of")
 
 
 def _check_length(

@@ -67,8 +67,12 @@ class RowHandler(Protocol):
 class AdoptingHandler(RowHandler, Protocol):
     """A `RowHandler` whose leaf holds the rows of all tokens and nothing else, one after the other.
 
-    Blocks can then be put straight to their places in its arrays, which are ``[1, heads, capacity, size]``.
+    Blocks can then be copied straight from its arrays and to them. These are ``[1, heads, capacity, size]``.
     """
+
+    def arrays(self, leaf: Any) -> Arrays:
+        """The arrays of a leaf that isn't empty, as they are: not copied, and with room behind the rows."""
+        ...
 
     def capacity(self, num_tokens: int) -> int:
         """The rows to have memory for where there is to be room for `num_tokens`."""

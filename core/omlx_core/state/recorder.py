@@ -43,7 +43,7 @@ class WindowRecorder:
             if rows is None:
                 self._is_broken = True
                 return
-            mx.eval(rows)
+            mx.async_eval(rows)  # copied before the window moves on, while others compute
             self._pieces.setdefault(position, []).append(rows)
             self.num_tokens = stop
 

@@ -17,6 +17,7 @@ import numpy as np
 from omlx_core.cache.payload import BlockLayout, BlockPayload, TensorSpec
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import dtype_of, is_known_dtype
+from omlx_core.state.shared_memory import make_zeros
 
 _MAX_THREADS = 4
 _MIN_BYTES_PER_THREAD = 2 * 1024**2
@@ -37,11 +38,8 @@ class RowArrays:
         self.layout = layout
         self._block_size = block_size
         self._capacity = capacity
-        self._arrays = {
-            name: mx.zeros((*spec.shape[:2], capacity, *spec.shape[3:]), dtype_of(spec.dtype))
-            for name, spec in layout.items()
-        }
-        mx.eval(list(self._arrays.values()))
+        specs = [((*spec.shape[:2], capacity, *spec.shape[3:]), dtype_of(spec.dtype)) for spec in layout.values()]
+        self._arrays = dict(zip(layout, make_zeros(specs), strict=True))
         # As bytes, one line per head: numpy has no bfloat16. These are views of the arrays' memory that keep it alive.
         self._lines = {
             name: np.asarray(memoryview(array.view(mx.uint8))).reshape(array.shape[1], -1)

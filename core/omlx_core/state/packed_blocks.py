@@ -1,0 +1,168 @@
+"""Blocks in a GPU's own memory: few large arrays, since each array there costs a kernel.
+
+The rows of equal shape and type of all layers are one array of shape ``[rows, heads, tokens, size]``. To cut eight
+blocks out of 56 arrays of keys and values takes 64 kernels then and not 448, and to join them a handful.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from omlx_core.mlx_backend import mx
+
+import numpy as np
+
+from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor
+from omlx_core.errors import CacheInvariantError
+from omlx_core.state.arrays import DeviceCopy, dtype_of, joined_bytes, name_of
+from omlx_core.state.protocols import Arrays
+from omlx_core.state.shared_memory import make_zeros
+
+_Kind = tuple[int, int, mx.Dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """The rows of one name, among others: `BlockTensor.array` on a GPU."""
+
+    packed: mx.array
+    index: int
+
+    def get(self) -> mx.array:
+        """A view of shape ``[1, heads, tokens, size]``."""
+        return self.packed[self.index : self.index + 1]
+
+
+class PackedCopies:
+    """Copies blocks on the GPU, all that a step has filled at once.
+
+    Args:
+        arrays: of shape ``[1, heads, tokens, size]``. To be let go of before their cache is written to.
+        num_tokens: how many of those are computed.
+        are_written: the SSD tier will ask for their bytes.
+    """
+
+    def __init__(self, arrays: Arrays, num_tokens: int, *, are_written: bool) -> None:
+        self._arrays = arrays
+        self._num_tokens = num_tokens
+        self._are_written = are_written
+        self._blocks: dict[int, BlockPayload] = {}
+
+    def copy(self, start: int, stop: int) -> BlockPayload:
+        """The rows of tokens ``[start, stop)``; blocks of the same size that follow are copied with it."""
+        if start not in self._blocks:
+            self._copy_from(start, stop - start)
+        return self._blocks.pop(start)
+
+    def _copy_from(self, start: int, block_size: int) -> None:
+        num_blocks = (self._num_tokens - start) // block_size
+        stop = start + num_blocks * block_size
+        groups = _groups({name: (a.shape[1], a.shape[3], a.dtype) for name, a in self._arrays.items()})
+        stacks = [mx.stack([self._arrays[name][0, :, start:stop] for name in names]) for names in groups]
+        made: list[mx.array] = []
+        for number in range(num_blocks):
+            at = number * block_size
+            packed = [mx.contiguous(stack[:, :, at : at + block_size]) for stack in stacks]
+            seen = [array.reshape(-1).view(mx.uint8) for array in packed]
+            copy = joined_bytes(seen) if self._are_written and seen else None
+            self._blocks[start + at] = _payload(groups, packed, seen, copy)
+            made += [*packed, *seen, *([] if copy is None else [copy])]
+        mx.async_eval(made)
+
+
+class PackedBlocks:
+    """Memory that the GPU and the CPU share, for blocks to be read to: `RowBuffers`. They are blocks in RAM afterwards.
+
+    Made and taken on the MLX thread; any thread may write to different blocks meanwhile.
+
+    Args:
+        layout: what the tensors of each block are.
+        positions: of the blocks.
+    """
+
+    def __init__(self, layout: BlockLayout, positions: Sequence[int]) -> None:
+        self.layout = layout
+        self._groups = _groups(
+            {name: (spec.shape[1], spec.shape[3], dtype_of(spec.dtype)) for name, spec in layout.items()}
+        )
+        sizes_bytes = [sum(layout[name].size_bytes for name in names) for names in self._groups]
+        zeros = iter(make_zeros([((size,), mx.uint8) for _ in positions for size in sizes_bytes]))
+        self._arrays = {position: list(itertools.islice(zeros, len(sizes_bytes))) for position in positions}
+        self._bytes = {
+            position: [np.asarray(memoryview(array)) if array.size else np.empty(0, np.uint8) for array in arrays]
+            for position, arrays in self._arrays.items()
+        }
+
+    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
+        """Where the rows of a block belong, per tensor; None for a block of another layout or position."""
+        if layout != self.layout or position not in self._bytes:
+            return None
+        places: dict[str, memoryview] = {}
+        for names, data in zip(self._groups, self._bytes[position], strict=True):
+            end = 0
+            for name in names:
+                begin, end = end, end + layout[name].size_bytes
+                places[name] = data[begin:end].data
+        return [places[name] for name in layout]
+
+    def take(self, position: int) -> BlockPayload:
+        """A block that was read."""
+        self._bytes.pop(position)
+        seen = self._arrays.pop(position)
+        packed = []
+        for names, array in zip(self._groups, seen, strict=True):
+            spec = self.layout[names[0]]
+            packed.append(array.view(dtype_of(spec.dtype)).reshape(len(names), *spec.shape[1:]))
+        return _payload(self._groups, packed, seen, None)
+
+
+def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx.array] | None:
+    """The rows of consecutive blocks, lazy, with room for `capacity` tokens; None if they aren't all packed.
+
+    Raises:
+        CacheInvariantError: a block is of another layout than the first.
+    """
+    first = payloads[0].tensors
+    if not all(isinstance(tensor.array, PackedRows) for payload in payloads for tensor in payload.tensors.values()):
+        return None
+    for number, payload in enumerate(payloads):
+        if payload.layout != payloads[0].layout:
+            raise CacheInvariantError(f"block {number} is of another layout than the ones before it")
+    arrays: dict[str, mx.array] = {}
+    for names in _groups({name: _kind_of(tensor) for name, tensor in first.items()}):
+        pieces = [payload.tensors[names[0]].array.packed for payload in payloads]
+        shape = list(pieces[0].shape)
+        shape[2] = capacity - sum(piece.shape[2] for piece in pieces)
+        whole = mx.concatenate([*pieces, mx.zeros(shape, pieces[0].dtype)], axis=2)
+        arrays.update({name: mx.contiguous(whole[index : index + 1]) for index, name in enumerate(names)})
+    return arrays
+
+
+def _groups(kinds: Mapping[str, _Kind]) -> list[list[str]]:
+    """Names of one kind together, in order."""
+    groups: dict[_Kind, list[str]] = {}
+    for name, kind in kinds.items():
+        groups.setdefault(kind, []).append(name)
+    return list(groups.values())
+
+
+def _kind_of(tensor: BlockTensor) -> _Kind:
+    return tensor.shape[1], tensor.shape[3], dtype_of(tensor.dtype)
+
+
+def _payload(
+    groups: Sequence[Sequence[str]], packed: Sequence[mx.array], seen: Sequence[mx.array], copy: mx.array | None
+) -> BlockPayload:
+    """A block of packed arrays; `seen` are their bytes, and `copy` all of these in memory of their own."""
+    tensors: dict[str, BlockTensor] = {}
+    copy_start = 0
+    for names, array, whole in zip(groups, packed, seen, strict=True):
+        shape = (1, *array.shape[1:])
+        size_bytes = whole.nbytes // len(names)
+        for index, name in enumerate(names):
+            source = DeviceCopy(whole, index * size_bytes, size_bytes, copy, copy_start + index * size_bytes)
+            tensors[name] = BlockTensor(name_of(array.dtype), shape, source, PackedRows(array, index))
+        copy_start += whole.nbytes
+    return BlockPayload(tensors)
