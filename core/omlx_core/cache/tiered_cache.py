@@ -7,6 +7,7 @@ nothing waits. Losing the race for space or finding a file damaged costs a recom
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from omlx_core.cache.promotion import Promoter
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
 
-_NUM_IO_THREADS = 4
+_NUM_READERS = max(4, min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class TieredCache:
         self._is_all_in_hand = threading.Event()
         self._is_all_in_hand.set()
         self._wake: Callable[[], None] = lambda: None
-        self._readers = ThreadPoolExecutor(_NUM_IO_THREADS, thread_name_prefix="omlx-read") if ssd else None
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="omlx-read") if ssd else None
         self._promoter = Promoter(paged, ssd) if ssd else None
         self._layout: BlockLayout | None = None
         self._matched_tokens_hot = 0

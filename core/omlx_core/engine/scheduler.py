@@ -320,11 +320,13 @@ class Scheduler:
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         prompt_cache = request.prompt_cache or []
         with mx.stream(generation_stream):
+            if request.num_computed:  # the last step may be under way: what it fills was handed to the cache meanwhile
+                mx.eval([layer.state for layer in prompt_cache])
             self._prompt_caches.prepare_step(prompt_cache)
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
             if not request.num_computed:
                 self._prompt_caches.reserve(prompt_cache, len(request.prompt_ids))
-            mx.eval([layer.state for layer in prompt_cache])
+            mx.async_eval([layer.state for layer in prompt_cache])
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
         mx.clear_cache()

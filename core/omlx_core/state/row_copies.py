@@ -24,8 +24,13 @@ class RowCopies:
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
-        # As bytes, [heads, tokens, bytes of a row]: numpy has no bfloat16.
-        self._rows = {name: _row_bytes(array) for name, array in arrays.items()}
+        # As bytes: numpy has no bfloat16.
+        seen = {name: array.view(mx.uint8) for name, array in arrays.items() if array.size}
+        mx.eval(seen)
+        self._rows: dict[str, np.ndarray] = {
+            name: np.asarray(memoryview(seen[name]))[0] if name in seen else np.empty((*array.shape[1:3], 0), np.uint8)
+            for name, array in arrays.items()
+        }
 
     def copy(self, start: int, stop: int) -> BlockPayload:
         """The rows of tokens ``[start, stop)``."""
@@ -39,10 +44,3 @@ class RowCopies:
             shape = (1, array.shape[1], stop - start, array.shape[3])
             tensors[name] = BlockTensor(name_of(array.dtype), shape, data[begin:end])
         return BlockPayload(tensors)
-
-
-def _row_bytes(array: mx.array) -> np.ndarray:
-    if not array.size:
-        return np.empty((array.shape[1], array.shape[2], 0), np.uint8)
-    rows: np.ndarray = np.asarray(memoryview(array.view(mx.uint8)))[0]
-    return rows
