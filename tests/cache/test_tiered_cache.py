@@ -745,9 +745,14 @@ class Places:
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
         self.layout = layout
         self.memory = bytearray(num_blocks * BLOCK_BYTES)
+        self.prepared: list[int] = []
         self.asked: list[int] = []
 
+    def prepare(self, position: int) -> None:
+        self.prepared.append(position)
+
     def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
+        assert position in self.prepared
         if layout != self.layout:
             return None
         self.asked.append(position)

@@ -26,6 +26,7 @@ def make_layers(dtype, num_tokens=80, value_dim=4):
 
 def read_to(buffers, position, payload):
     """What the SSD tier does with a block: its bytes, piece by piece."""
+    buffers.prepare(position)
     data = b"".join(tensor.data for tensor in payload.tensors.values())
     for piece in buffers.segments(position, payload.layout):
         piece[:], data = data[: len(piece)], data[len(piece) :]
@@ -69,6 +70,7 @@ def test_hot_and_cold_blocks_come_together_bit_for_bit_and_cold_ones_are_kept(dt
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 5)
     buffers = codec.allocate(payloads[0].layout, [1, 4], 100)
+    buffers.prepare(0)
     assert buffers.segments(0, payloads[0].layout) is None
     for position in (1, 4):
         read_to(buffers, position, payloads[position])
@@ -101,7 +103,9 @@ def test_blocks_of_another_layout_are_not_joined():
     codec = PromptStateCodec([filled_layer(32)], BLOCK_SIZE)
     [payload] = capture(codec, [filled_layer(32)], 1)
     [other] = capture(codec, [filled_layer(32, dtype=mx.float16)], 1)
-    assert PackedBlocks(payload.layout, [0]).segments(0, other.layout) is None
+    buffers = PackedBlocks(payload.layout, [0])
+    buffers.prepare(0)
+    assert buffers.segments(0, other.layout) is None
     with pytest.raises(CacheInvariantError, match="block 1 is of another layout"):
         join_packed([payload, other], 64)
 

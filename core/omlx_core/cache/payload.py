@@ -119,6 +119,10 @@ class RowBuffers(Protocol):
         """What the tensors of the blocks are that have a place there."""
         ...
 
+    def prepare(self, position: int) -> None:
+        """Have the memory of a block ready to be written to. Called by the thread that made this, before its read."""
+        ...
+
     def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
         """Where the bytes of a block's tensors belong: writable, in the order of `layout` and of their elements.
 

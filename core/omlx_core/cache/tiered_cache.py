@@ -379,6 +379,7 @@ class TieredCache:
         tokens = self._tokens_of(table, position)
         if buffers is None:
             return self._readers.submit(self._ssd.load_block, block.block_hash, tokens)
+        buffers.prepare(position)
         return self._readers.submit(self._ssd.load_rows, block.block_hash, tokens, buffers, position)
 
     def _part(self, block: CacheBlock, key: PartKey, earlier: PendingRestore | None) -> Content:

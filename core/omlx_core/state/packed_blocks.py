@@ -90,10 +90,16 @@ class PackedBlocks:
         sizes_bytes = [sum(layout[name].size_bytes for name in names) for names in self._groups]
         zeros = iter(make_zeros([((size,), mx.uint8) for _ in positions for size in sizes_bytes]))
         self._arrays = {position: list(itertools.islice(zeros, len(sizes_bytes))) for position in positions}
-        self._bytes = {
-            position: [np.asarray(memoryview(array)) if array.size else np.empty(0, np.uint8) for array in arrays]
-            for position, arrays in self._arrays.items()
-        }
+        self._bytes: dict[int, list[np.ndarray]] = {}
+
+    def prepare(self, position: int) -> None:
+        """Wait for the memory of one block, while that of the next ones is being filled."""
+        if position in self._arrays:
+            mx.eval(self._arrays[position])
+            self._bytes[position] = [
+                np.asarray(memoryview(array)) if array.size else np.empty(0, np.uint8)
+                for array in self._arrays[position]
+            ]
 
     def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
         """Where the rows of a block belong, per tensor; None for a block of another layout or position."""

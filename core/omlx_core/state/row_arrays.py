@@ -40,6 +40,7 @@ class RowArrays:
         self._capacity = capacity
         specs = [((*spec.shape[:2], capacity, *spec.shape[3:]), dtype_of(spec.dtype)) for spec in layout.values()]
         self._arrays = dict(zip(layout, make_zeros(specs), strict=True))
+        mx.eval(self._arrays)
         # As bytes, one line per head: numpy has no bfloat16. These are views of the arrays' memory that keep it alive.
         self._lines = {
             name: np.asarray(memoryview(array.view(mx.uint8))).reshape(array.shape[1], -1)
@@ -54,6 +55,9 @@ class RowArrays:
             len(spec.shape) == 4 and spec.shape[0] == 1 and spec.shape[2] == block_size and is_known_dtype(spec.dtype)
             for spec in layout.values()
         )
+
+    def prepare(self, position: int) -> None:
+        """All memory is there: each array has a part of every block."""
 
     def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
         """Where the rows of a block belong, per tensor and head; None for a block of another layout."""

@@ -16,7 +16,7 @@ ArraySpec = tuple[tuple[int, ...], mx.Dtype]
 
 
 def make_zeros(specs: Sequence[ArraySpec]) -> list[mx.array]:
-    """Evaluated arrays of zeros for the CPU to write to. Only the MLX thread calls this.
+    """Arrays of zeros for the CPU to write to, being filled: to be evaluated before. Only the MLX thread calls this.
 
     The first touch of memory costs more than a copy to it (on Linux, 250 ms per GB), and MLX gives none untouched. So
     each is filled by one of several threads: MLX has one per CPU stream.
@@ -31,7 +31,7 @@ def make_zeros(specs: Sequence[ArraySpec]) -> list[mx.array]:
         arrays = [
             mx.zeros(shape, dtype, stream=streams[number % len(streams)]) for number, (shape, dtype) in enumerate(specs)
         ]
-    mx.eval(arrays)
+    mx.async_eval(arrays)
     return arrays
 
 
