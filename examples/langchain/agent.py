@@ -25,53 +25,62 @@ from omlx_plugins.langchain import ChatOMLX
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK_SIZE = 32  # these prompts are short; the default is 256
 QUESTIONS = (
-    "How long is the page about state?",
-    "What are the headings of the page about plugins?",
-    "Which pages are about eviction?",
-    "How long is the page about plugins?",
-    "What are the headings of the page about settings?",
-    "Which pages are about agents?",
-    "How long is the page about settings?",
-    "What are the headings of the page about state?",
+    "Count the words of the page state.",
+    "List the headings of the page plugins.",
+    "Find the pages that have the word eviction.",
+    "Count the words of the page plugins.",
+    "List the headings of the page settings.",
+    "Find the pages that have the word tenant.",
+    "Count the words of the page settings.",
+    "List the headings of the page state.",
 )
 
 Page = Literal["plugins", "settings", "state"]
 Word = Annotated[str, Field(max_length=12)]
 
 
+def read(page):
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
 @tool
 def count_words(page: Page) -> str:
-    """The length of a page."""
-    return f"{len((DOCS / f'{page}.md').read_text(encoding='utf-8').split())} words"
+    """Count the words of a page."""
+    return f"The page {page} has {len(read(page).split()):,} words."
 
 
 @tool
 def list_headings(page: Page) -> str:
-    """The headings of a page."""
-    return ", ".join(re.findall(r"^#+ (.*)", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)[:4])
+    """List the headings of a page."""
+    return f"The headings are {', '.join(re.findall(r'^## (.*)', read(page), re.MULTILINE)[:3])}."
 
 
 @tool
 def find_pages(word: Word) -> str:
-    """The pages about something."""
-    found = [path.stem for path in sorted(DOCS.glob("*.md")) if word.lower() in path.read_text(encoding="utf-8")]
-    return ", ".join(found[:4]) or "none"
-
-
-@wrap_model_call
-def look_up_then_answer(request, handler):
-    """Demand a tool for each question, and an answer after its result: a small model does neither by itself."""
-    is_question = isinstance(request.messages[-1], HumanMessage)
-    return handler(request.override(tool_choice="any" if is_question else "none"))
+    """Find the pages that have a word."""
+    found = [path.stem for path in sorted(DOCS.glob("*.md")) if word.lower() in read(path.stem).lower()]
+    return f"The pages are {', '.join(found[:4]) or 'none'}."
 
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", help="a folder or a repository id; left out, a small model is fetched")
 model = parser.parse_args().model or str(ensure_sample_model())
+llm = ChatOMLX(model=model, kv_cache=CacheSettings(block_size=BLOCK_SIZE), max_tokens=60)
+
+
+@wrap_model_call
+def look_up_then_answer(request, handler):
+    """A small model must be told to call a tool, and then to say what it found, and not in the markup of calls."""
+    if isinstance(request.messages[-1], HumanMessage):
+        return handler(request.override(tool_choice="any", model_settings={"parallel_tool_calls": False}))
+    settings = {"max_tokens": 16, "logit_bias": {llm.get_token_ids("<")[0]: -100}}
+    return handler(request.override(tool_choice="none", model_settings=settings))
+
 
 agent = create_agent(
-    ChatOMLX(model=model, kv_cache=CacheSettings(block_size=BLOCK_SIZE), max_tokens=40).bind(stop=["\n"]),
+    llm,
     [count_words, list_headings, find_pages],
+    system_prompt="Answer with one short sentence.",
     middleware=[look_up_then_answer],
     checkpointer=InMemorySaver(),
 )
@@ -89,5 +98,5 @@ for message in messages:
         new = usage["input_tokens"] - known
         prefilled = usage["input_tokens"] - usage["input_token_details"]["cache_read"]
         says = ", ".join(f"{call['name']}{tuple(call['args'].values())}" for call in message.tool_calls) or message.text
-        print(f"{turn:>4} {usage['input_tokens']:>7,} {new:>5} {prefilled:>9} {new + BLOCK_SIZE:>7}  {says[:60]}")
+        print(f"{turn:>4} {usage['input_tokens']:>7,} {new:>5} {prefilled:>9} {new + BLOCK_SIZE:>7}  {says}")
         known = usage["total_tokens"]

@@ -25,19 +25,19 @@ from omlx_core.model.sample_model import ensure_sample_model
 from omlx_plugins.langchain import ChatOMLX
 
 ROOT = Path(__file__).parents[2]
-SECTION_CHARS = 600
-COMMON_WORDS = frozenset("and are can did does for from has how its not that the they was what when where which why".split())
+SECTION_CHARS = 500
+COMMON_WORDS = ("does", "from", "that", "they", "what", "when", "where", "which", "with")
 QUESTIONS = (
-    "How are prefixes pinned in RAM?",
+    "How is a prefix pinned?",
     "When are pinned prefixes evicted?",
-    "What does unpin do?",
-    "What is a block's hash made of?",
-    "What are the keys and values of a block?",
-    "What is copy-on-write for?",
+    "What share do pinned prefixes take?",
     "What is a checkpoint of a recurrent layer?",
     "Where are checkpoints of recurrent layers kept?",
-    "Can a recurrent state be cut?",
-    "What is a block's hash?",
+    "How many checkpoints of recurrent layers are kept?",
+    "What does copy-on-write copy?",
+    "When is a block copied on write?",
+    "How is a plugin found?",
+    "What is an entry point of a plugin?",
 )
 
 
@@ -61,16 +61,19 @@ class HashedWords(Embeddings):
 
     @staticmethod
     def _words(text):
-        words = re.findall(r"[a-z_]{3,}", text.lower())
+        words = re.findall(r"[a-z_]{4,}", text.lower())
         return [word.rstrip("s") for word in words if word not in COMMON_WORDS]
 
 
 def load_sections():
-    """The documents, cut at their headings."""
+    """The documents without their code, cut at their headings."""
+    pages = {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    }
     return [
-        Document(section[:SECTION_CHARS].strip(), metadata={"page": path.name})
-        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-        for section in re.split(r"(?m)^(?=#+ )", path.read_text(encoding="utf-8"))
+        Document(section[:SECTION_CHARS], metadata={"page": name})
+        for name, text in sorted(pages.items())
+        for section in re.split(r"(?m)^(?=#+ )", re.sub(r"```.*?```\n", "", text, flags=re.DOTALL))
         if len(section) > 100
     ]
 
