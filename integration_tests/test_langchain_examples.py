@@ -13,7 +13,7 @@ import pytest
 from integration_tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples" / "langchain"
-TIMEOUT_S = 120
+TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -115,9 +115,8 @@ def events(response):
 
 def test_server_sends_events_while_it_answers_and_drops_the_request_of_a_client_that_leaves(server):
     port, process = server
-    question = "/ask?question=Write+a+long+story+about+a+cat."
 
-    connection, response = get(port, question)
+    connection, response = get(port, "/ask?question=Write+a+long+story+about+a+cat.")
     assert response.getheader("Content-Type").startswith("text/event-stream")
     arriving = events(response)
     assert "text" in next(arriving)
@@ -127,7 +126,8 @@ def test_server_sends_events_while_it_answers_and_drops_the_request_of_a_client_
     assert last["usage"]["output_tokens"] > len(texts)
     connection.close()
 
-    connection, response = get(port, question)
+    # The whole answer would take minutes.
+    connection, response = get(port, "/ask?question=Count+from+1+to+1000.&max_tokens=4000")
     assert "text" in next(events(response))
     assert num_active(port) == 1
     response.close()
@@ -137,4 +137,4 @@ def test_server_sends_events_while_it_answers_and_drops_the_request_of_a_client_
         assert time.monotonic() < deadline_s
     process.terminate()
     printed, _ = process.communicate(timeout=TIMEOUT_S)
-    assert int(re.search(r"went away after (\d+) events", printed)[1]) < len(texts)
+    assert re.search(r"went away after \d+ events", printed)

@@ -27,11 +27,11 @@ args = parser.parse_args()
 llm = ChatOMLX(model=args.model or str(ensure_sample_model()), max_tokens=80)
 
 
-async def events(question):
+async def events(question, options):
     num_sent = 0
     try:
         # Closing the stream is what ends the request.
-        async with aclosing(llm.astream(question)) as chunks:
+        async with aclosing(llm.astream(question, **options)) as chunks:
             async for chunk in chunks:
                 event = {"text": chunk.text} if chunk.usage_metadata is None else {"usage": chunk.usage_metadata}
                 yield f"data: {json.dumps(event)}\n\n"
@@ -42,8 +42,10 @@ async def events(question):
 
 
 async def ask(request):
+    question, limit = request.query_params["question"], request.query_params.get("max_tokens")
+    options = {} if limit is None else {"max_tokens": int(limit)}
     # Starlette cancels what it streams when the client goes away.
-    return StreamingResponse(events(request.query_params["question"]), media_type="text/event-stream")
+    return StreamingResponse(events(question, options), media_type="text/event-stream")
 
 
 async def active(_):
