@@ -36,7 +36,7 @@ def test_chain_reuses_its_document_and_again_in_a_new_process(run_example):
     assert reused[1][0] > 0
 
 
-def test_each_call_of_an_agents_model_reads_what_is_new_and_less_than_a_block_more(run_example):
+def test_each_call_of_an_agents_model_reads_what_is_new_and_at_most_a_block_more(run_example):
     table = re.findall(r"^ +(\d) +([\d,]+) +(\d+) +(\d+) +(\d+)  (.*)$", run_example("agent.py"), re.MULTILINE)
     turns = [(*numbers(*row[:-1]), row[-1]) for row in table]
     assert [turn for turn, *_ in turns] == [turn for turn in range(1, 9) for _ in ("a call", "an answer")]
