@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py"))
+EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples" / "llama_index").glob("*.py"))
 COMMAND = str(Path(sys.executable).with_name("omlx-plugins"))
 
 

@@ -1,11 +1,11 @@
 """Two questions about one document through a LangChain chain; the second skips the document.
 
-    python examples/langchain/two_questions.py [MODEL]
+    python examples/langchain/two_questions.py [--model MODEL]
 
 Run it again: now the first question skips the document too, because it is on SSD.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from langchain_core.prompts import ChatPromptTemplate
@@ -14,8 +14,10 @@ from omlx_core import CacheSettings
 from omlx_core.model.sample_model import ensure_sample_model
 from omlx_plugins.langchain import ChatOMLX
 
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("--model", help="a folder or a repository id; left out, a small model is fetched")
+model = parser.parse_args().model or str(ensure_sample_model())
 document = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-model = sys.argv[1] if len(sys.argv) > 1 else str(ensure_sample_model())
 
 llm = ChatOMLX(model=model, kv_cache=CacheSettings(paged_ssd_cache_dir="auto"), max_tokens=40)
 chain = ChatPromptTemplate([("system", "Answer from this document.\n\n{document}"), ("user", "{question}")]) | llm

@@ -177,10 +177,15 @@ def test_pin_is_kept_though_the_request_is_cancelled_and_goes_with_the_engine(mo
     assert engine.pins() == []
 
 
-def test_a_model_without_a_cache_pins_nothing(model):
+def test_a_model_without_a_cache_pins_nothing_and_says_so_once(model, caplog):
     with open_engine(model, no_cache=True) as engine:
-        engine.prefill(tokens(100), pin=True)
+        engine.generate(tokens(100), max_tokens=1)
+        assert not caplog.messages
+        for _ in range(2):
+            engine.prefill(tokens(100), pin=True)
         assert engine.pins() == []
+    [message] = caplog.messages
+    assert "runs without a prefix cache: nothing is kept" in message
 
 
 @pytest.mark.parametrize("pin", ["all", 3, [1], None])

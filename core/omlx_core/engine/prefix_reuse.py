@@ -56,6 +56,7 @@ class PrefixReuse:
         self._max_answer_tokens = None if codec is None or reuses_inexact else codec.max_exact_answer_tokens
         self._wake = wake
         self._num_stored = 0
+        self._has_said_unpinned = False
         cache.on_progress(wake)
 
     def tend(self) -> None:
@@ -189,8 +190,14 @@ class PrefixReuse:
 
     def prefilled(self, request: Request) -> None:
         """Pin what is to be kept of a prompt that is computed."""
-        if self._codec is not None and request.table is not None and request.pin_tokens:
+        if not request.pin_tokens:
+            return
+        if self._codec is not None and request.table is not None:
             self._cache.pin(request.table, request.pin_tokens, self._codec.needs)
+        elif not self._has_said_unpinned:
+            # No error: a program that pins, or passes cache_control on, is to run on any model.
+            self._has_said_unpinned = True
+            logger.warning("a prompt was to be pinned, but the model runs without a prefix cache: nothing is kept")
 
     def fork(self, request: Request) -> None:
         """Give the further samples of a prefilled request its blocks, to share until they write."""
