@@ -1,19 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import (
-    CacheControl,
-    CachePoint,
-    ChatMessage,
-    ImageBlock,
-    MessageRole,
-    TextBlock,
-    ThinkingBlock,
-)
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.prompts import PromptTemplate
@@ -25,7 +20,6 @@ from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptEr
 from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
-from omlx_plugins.llama_index.messages import to_engine_messages
 
 TIMEOUT_S = 30
 CHAT_FORMS = ["chat", "stream_chat", "achat", "astream_chat"]
@@ -49,6 +43,19 @@ def loads(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> list[Any]:
     specs: list[Any] = []
     monkeypatch.setattr(shared, "_pool", ModelPool(load_engine=lambda spec, _: specs.append(spec) or engine))
     return specs
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., str]:
+    """Makes a folder with what the small files of a model say."""
+
+    def make(config: dict[str, Any], chat_template: str | None) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = {} if chat_template is None else {"chat_template": chat_template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        return str(tmp_path)
+
+    return make
 
 
 async def _all(llm: OMLX, form: str, text: str = "Hi", **kwargs: Any) -> list[Any]:
@@ -121,7 +128,7 @@ def test_metadata_describes_the_model(llm, engine):
     assert metadata.context_window == 2048
     assert metadata.num_output == 64
     assert metadata.is_chat_model
-    assert not metadata.is_function_calling_model
+    assert metadata.is_function_calling_model
     assert metadata.model_name == "fake-model"
 
 
@@ -129,6 +136,22 @@ def test_metadata_of_a_model_that_does_not_say_its_context_and_has_no_template(l
     engine.context_length, engine.has_chat_template = None, False
     assert llm.metadata.context_window == DEFAULT_CONTEXT_WINDOW
     assert not llm.metadata.is_chat_model
+    assert not llm.metadata.is_function_calling_model
+
+
+def test_metadata_of_a_model_on_this_machine_loads_nothing(loads, model_folder):
+    folder = model_folder({"max_position_embeddings": 4096}, chat_template="{{ messages }}")
+    metadata = OMLX(model=folder).metadata
+    assert (metadata.context_window, metadata.is_chat_model, metadata.is_function_calling_model) == (4096, True, True)
+    assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("config", "chat_template"), [({}, "{{ messages }}"), ({"max_position_embeddings": 4096}, None)]
+)
+def test_metadata_that_the_files_do_not_say_is_the_loaded_models(loads, model_folder, config, chat_template):
+    assert OMLX(model=model_folder(config, chat_template)).metadata.context_window == 2048
+    assert len(loads) == 1
 
 
 def test_a_component_survives_its_serialization():
@@ -175,7 +198,13 @@ async def test_the_last_response_has_the_usage_and_what_was_reused(llm, form):
             "total_tokens": 705,
             "prompt_tokens_details": {"cached_tokens": 640},
         },
-        "omlx": {"cached_tokens_hot": 512, "cached_tokens_cold": 128, "ttft_s": 0.25},
+        "omlx": {
+            "cached_tokens_hot": 512,
+            "cached_tokens_cold": 128,
+            "ttft_s": 0.25,
+            "tokens_per_s": 4.0,
+            "divergence": None,
+        },
     }
     assert [piece.raw for piece in pieces] == [None] * len(pieces)
 
@@ -273,40 +302,10 @@ def test_a_prediction_sends_the_system_prompt_first(engine):
     ]
 
 
-# Messages
-
-
-@pytest.mark.parametrize("role", MessageRole)
-def test_every_role_has_one_that_templates_know(role):
-    (message,) = to_engine_messages([ChatMessage("x", role=role)])
-    assert message["role"] in {"system", "user", "assistant", "tool"}
-    assert message["content"] == "x"
-
-
-def test_text_blocks_keep_their_order_and_cache_points_are_passed_over():
-    blocks = [
-        TextBlock(text="one"),
-        CachePoint(cache_control=CacheControl(type="ephemeral")),
-        TextBlock(text="two"),
-    ]
-    assert to_engine_messages([ChatMessage(blocks=blocks)]) == [{"role": "user", "content": "one\ntwo"}]
-
-
-def test_a_tools_result_keeps_its_call_id():
-    message = ChatMessage("2", role="tool", additional_kwargs={"tool_call_id": "call-1", "name": "add"})
-    assert to_engine_messages([message]) == [{"role": "tool", "content": "2", "tool_call_id": "call-1", "name": "add"}]
-
-
-@pytest.mark.parametrize("block", [ImageBlock(url="http://localhost/x.png"), ThinkingBlock(content="hm")])
-def test_a_block_that_is_not_text_is_an_error_that_says_where(block):
-    with pytest.raises(InvalidPromptError, match=rf"message 1 has a {type(block).__name__}.*text only"):
-        to_engine_messages([ChatMessage("Look:"), ChatMessage(blocks=[block])])
-
-
 def test_a_block_that_is_not_text_is_an_error_without_a_chat_template_too(llm, engine):
     engine.has_chat_template = False
-    with pytest.raises(InvalidPromptError, match="ThinkingBlock"):
-        llm.chat([ChatMessage(blocks=[ThinkingBlock(content="hm")])])
+    with pytest.raises(InvalidPromptError, match="ImageBlock"):
+        llm.chat([ChatMessage(blocks=[ImageBlock(url="http://localhost/x.png")])])
 
 
 # The real engine
