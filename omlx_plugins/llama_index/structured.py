@@ -125,17 +125,18 @@ class SchemaProgram(BasePydanticProgram[Model]):
 
     def _grown(self, response: ChatResponse, last: BaseModel | None) -> Model | FlexibleModel | None:
         """The object as far as it has come; None if that is no further than before."""
-        if response.raw is not None:
-            return self._whole(response)
+        grown = self._partial(response.message.content or "") if response.raw is None else self._whole(response)
+        return None if grown == last else grown
+
+    def _partial(self, content: str) -> Model | FlexibleModel | None:
         try:
-            fields = from_json(response.message.content or "", allow_partial="trailing-strings")
+            fields = from_json(content, allow_partial="trailing-strings")
         except ValueError:  # there is nothing yet
             return None
         try:
-            grown: BaseModel = self._output_cls.model_validate(fields)
+            return self._output_cls.model_validate(fields)
         except ValidationError:
-            grown = self._partial_cls.model_validate(fields)
-        return None if grown == last else cast("Model | FlexibleModel", grown)
+            return cast("FlexibleModel", self._partial_cls.model_validate(fields))
 
 
 class SchemaPrediction(BaseOMLX, FunctionCallingLLM):

@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.prompts import PromptTemplate
+from llama_index_forms import CHAT_FORMS, COMPLETE_FORMS, all_of
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, GenerationParams, ModelPool
@@ -22,8 +23,6 @@ from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
 
 TIMEOUT_S = 30
-CHAT_FORMS = ["chat", "stream_chat", "achat", "astream_chat"]
-COMPLETE_FORMS = ["complete", "stream_complete", "acomplete", "astream_complete"]
 STREAMS = ["stream_chat", "astream_chat", "stream_complete", "astream_complete"]
 
 
@@ -60,15 +59,7 @@ def model_folder(tmp_path: Path) -> Callable[..., str]:
 
 async def _all(llm: OMLX, form: str, text: str = "Hi", **kwargs: Any) -> list[Any]:
     """What one of the eight forms gives, as a list."""
-    argument = text if form in COMPLETE_FORMS else [ChatMessage(text)]
-    given = getattr(llm, form)(argument, **kwargs)
-    if form.startswith("a"):
-        given = await given
-    if form.startswith("stream"):
-        return list(given)
-    if form.startswith("astream"):
-        return [response async for response in given]
-    return [given]
+    return await all_of(llm, form, text if form in COMPLETE_FORMS else [ChatMessage(text)], **kwargs)
 
 
 def _text(response: Any) -> str:
