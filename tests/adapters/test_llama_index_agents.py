@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from llama_index.core.agent.workflow import AgentStream, AgentWorkflow, FunctionAgent, ReActAgent
-from llama_index.core.memory import Memory
+from llama_index.core.memory import ChatMemoryBuffer
 
 from omlx_core.engine.results import ToolCall
 from omlx_core.testing import FakeAnswer, FakeEngine
@@ -83,7 +83,7 @@ async def test_a_failing_tool_is_told_to_the_model(engine, llm):
 
 async def test_an_agent_remembers_the_turns_before_with_their_calls(engine, llm):
     engine.answers = [FakeAnswer(tool_calls=[call("c1", a=1, b=2)]), "3", "You're welcome."]
-    memory = Memory.from_defaults(session_id="a", token_limit=2000)
+    memory = ChatMemoryBuffer.from_defaults(token_limit=2000)
     agent = FunctionAgent(tools=[add], llm=llm)
     await agent.run("Add.", memory=memory)
     await agent.run("Thanks.", memory=memory)
