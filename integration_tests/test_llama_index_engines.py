@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import re
-import warnings
 
 import pytest
 from llama_index.core import Settings, SummaryIndex, VectorStoreIndex
@@ -56,21 +54,16 @@ class WordHashes(BaseEmbedding):
 
 
 # LlamaIndex leaves event loops open, wherever it runs a coroutine of its own.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("llama_index_leaves_nothing"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_engine():
     yield
     close_shared_engines()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_for_other_tests():
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import asyncio
 
 from common import make_llm, parse_model
 from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
-from llama_index.core.workflow import Context
+from llama_index.core.memory import ChatMemoryBuffer
 
 
 def add(a: int, b: int) -> int:
@@ -28,9 +28,9 @@ async def main() -> None:
         system_prompt="You are careful with numbers, and let the tools do the sums.",
         initial_tool_choice="add",  # guaranteed, whatever the model; leave it out for one that calls of its own accord
     )
-    context = Context(agent)
+    memory = ChatMemoryBuffer.from_defaults(token_limit=4000)
     for question in ("What is 3 + 4?", "What is 7 + 5?"):
-        run = agent.run(question, ctx=context, max_iterations=4, early_stopping_method="generate")
+        run = agent.run(question, memory=memory, max_iterations=4, early_stopping_method="generate")
         async for event in run.stream_events():
             if isinstance(event, ToolCallResult):
                 print(f"{event.tool_name}({event.tool_kwargs}) = {event.tool_output}")

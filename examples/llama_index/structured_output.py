@@ -21,7 +21,7 @@ class Review(BaseModel):
 
     mood: Literal["happy", "neutral", "angry"] = Field(description="how the customer feels about the product")
     wants_refund: bool = Field(description="whether the customer asks for money back")
-    topic: str = Field(description="what the review is about, in a word or two", max_length=20)
+    topic: str = Field(description="what the review is about, in a word or two", max_length=12)
 
 
 llm, table = make_llm(parse_model(__doc__), max_tokens=60)

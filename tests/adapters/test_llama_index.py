@@ -11,18 +11,22 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import PromptTemplate, SelectorPromptTemplate
+from llama_index.core.tools import FunctionTool
 from llama_index_forms import CHAT_FORMS, COMPLETE_FORMS, all_of
+from pydantic import BaseModel
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, GenerationParams, ModelPool
 from omlx_core.engine import shared
+from omlx_core.engine.results import ToolCall
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
 from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
 
 TIMEOUT_S = 30
+WHEN = PromptTemplate("When?")
 STREAMS = ["stream_chat", "astream_chat", "stream_complete", "astream_complete"]
 
 
@@ -96,6 +100,28 @@ async def test_a_prediction_that_loads_leaves_the_event_loop_free(monkeypatch, e
 async def test_a_streamed_prediction_that_loads_leaves_the_event_loop_free(monkeypatch, engine):
     prediction = OMLX(model="some/model").astream(PromptTemplate("Say {word}"), word="hi")
     await _assert_loop_is_free_while_loading(monkeypatch, engine, prediction)
+
+
+async def test_a_called_tool_of_a_model_that_loads_leaves_the_event_loop_free(monkeypatch, engine):
+    engine.answers = [FakeAnswer(tool_calls=[ToolCall("call_1", "now", {})])]
+    tool = FunctionTool.from_defaults(lambda: "noon", name="now", description="The time.")
+    prediction = OMLX(model="some/model").apredict_and_call([tool], "When?")
+    await _assert_loop_is_free_while_loading(monkeypatch, engine, prediction)
+
+
+@pytest.mark.parametrize("form", ["astructured_predict", "astream_structured_predict"])
+@pytest.mark.parametrize("mode", ["default", "function"])
+async def test_an_object_of_a_model_that_loads_leaves_the_event_loop_free(monkeypatch, engine, form, mode):
+    class Time(BaseModel):
+        """A time."""
+
+        hour: int
+
+    engine.answers = [FakeAnswer(['{"hour": 3}'], tool_calls=[ToolCall("call_1", "Time", {"hour": 3})])]
+    # Such a prompt looks at the model's metadata.
+    prompt = SelectorPromptTemplate(WHEN, [(lambda llm: llm.metadata.is_chat_model, WHEN)])
+    llm = OMLX(model="some/model", pydantic_program_mode=mode)
+    await _assert_loop_is_free_while_loading(monkeypatch, engine, all_of(llm, form, Time, prompt))
 
 
 async def _assert_loop_is_free_while_loading(monkeypatch: Any, engine: FakeEngine, request: Any) -> None:
