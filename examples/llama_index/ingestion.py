@@ -35,7 +35,7 @@ The section:
 
 Its summary: """
 
-page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")[:1400]
+page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")[:1000]
 model = parse_model(__doc__)
 
 print(f"{'cache':>5} {'prompts':>8} {'prompt tokens':>14} {'prefilled':>10} {'time':>8}")
