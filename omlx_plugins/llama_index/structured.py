@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import aclosing, closing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, TextBlock
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
@@ -136,7 +136,7 @@ class SchemaProgram(BasePydanticProgram[Model]):
         try:
             return self._output_cls.model_validate(fields)
         except ValidationError:
-            return cast("FlexibleModel", self._partial_cls.model_validate(fields))
+            return self._partial_cls.model_validate(fields)
 
 
 class SchemaPrediction(BaseOMLX, FunctionCallingLLM):
