@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 import pickle
 import time
 from abc import ABC, abstractmethod
@@ -42,19 +41,11 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.program import FunctionCallingProgram
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from llama_index_forms import CHAT_FORMS, COMPLETE_FORMS, STRUCTURED_FORMS, WITH_TOOLS_FORMS, all_of
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from pydantic import BaseModel, Field
 
-CHAT_FORMS = ("chat", "stream_chat", "achat", "astream_chat")
-COMPLETE_FORMS = ("complete", "stream_complete", "acomplete", "astream_complete")
 PREDICT_FORMS = ("predict", "stream", "apredict", "astream")
-WITH_TOOLS_FORMS = tuple(f"{form}_with_tools" for form in CHAT_FORMS)
-STRUCTURED_FORMS = (
-    "structured_predict",
-    "stream_structured_predict",
-    "astructured_predict",
-    "astream_structured_predict",
-)
 WAIT_S = 60
 
 QUESTION = "What is the capital of France?"
@@ -90,16 +81,6 @@ def fail() -> str:
 
 WEATHER = FunctionTool.from_defaults(weather, description="The weather in a city.", fn_schema=Weather)
 FAILING = FunctionTool.from_defaults(fail, description="Reads the thermometer.")
-
-
-async def all_of(owner: Any, form: str, *args: Any, **kwargs: Any) -> list[Any]:
-    """What a method gives, be it whole, a coroutine's, or piece by piece."""
-    given = getattr(owner, form)(*args, **kwargs)
-    if inspect.isawaitable(given):
-        given = await given
-    if inspect.isasyncgen(given):
-        return [piece async for piece in given]
-    return list(given) if inspect.isgenerator(given) else [given]
 
 
 def text_of(response: Any) -> str:
