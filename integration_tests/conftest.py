@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,15 @@ def shared_engines():
     """Closes what the adapters have loaded."""
     yield
     close_shared_engines()
+
+
+@pytest.fixture
+def llama_index_leaves_nothing() -> Iterator[None]:
+    """Collects the event loops that LlamaIndex leaves open, before another test is warned of them."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples" / "llama_index").glob("*.py"))
+EXAMPLES = ["examples/llama_index/two_questions.py"]  # the others have test modules of their own
 COMMAND = str(Path(sys.executable).with_name("omlx-plugins"))
 
 
@@ -37,7 +37,7 @@ def test_example_reuses_its_prefix_and_again_in_a_new_process(run_python, sample
     assert reused[1][0] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/langchain.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/langchain.md", "docs/llama_index.md"])
 def test_documented_code_runs(run_python, sample_model, document, tmp_path, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from omlx_core import CacheSettings, GenerationParams, GenerationResult
 from omlx_core.engine import shared
 from omlx_core.engine.params import GenerationOptions, ToolFormat
+from omlx_core.engine.results import Divergence
 from omlx_core.errors import InvalidPromptError, UnknownParameterError
 from omlx_plugins.plugins import forward_cache_events, register_state_handlers
 
@@ -168,13 +169,25 @@ def _option_names() -> list[str]:
     return [name for name in GenerationOptions.__annotations__ if name in BaseOMLX.model_fields]
 
 
-def reuse_metadata(result: GenerationResult) -> dict[str, int | float]:
-    """What the cache did for a request, for an adapter's metadata; times in seconds."""
+def reuse_metadata(result: GenerationResult) -> dict[str, Any]:
+    """What the cache did for a request, for an adapter's metadata.
+
+    Returns:
+        Tokens reused from each tier, seconds to the first token, tokens per second after it (None of fewer than two),
+        and where the prompt left what the cache has (None if it didn't).
+    """
     return {
         "cached_tokens_hot": result.usage.cached_tokens_hot,
         "cached_tokens_cold": result.usage.cached_tokens_cold,
         "ttft_s": result.ttft_s,
+        "tokens_per_s": result.tokens_per_s,
+        "divergence": None if result.divergence is None else _divergence(result.divergence),
     }
+
+
+def _divergence(divergence: Divergence) -> dict[str, Any]:
+    texts = {"prompt_text": divergence.prompt_text, "cached_text": divergence.cached_text}
+    return {"position": divergence.position, **{name: text for name, text in texts.items() if text is not None}}
 
 
 def token_texts(engine: Engine, token_ids: list[int]) -> list[str]:

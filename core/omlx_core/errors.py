@@ -26,6 +26,7 @@
     ├── ModelMemoryError (MemoryError)        a model doesn't fit what a pool may take
     ├── EngineError (RuntimeError)            a request failed inside the engine
     │   └── UnmetConstraintError              an answer could not go on as its constraint asks
+    ├── UnusableAnswerError (ValueError)      a whole answer isn't what was to be made of it
     ├── BlockPoolExhaustedError (MemoryError) every block is in use and the pool may not grow
     ├── BlockFileError (OSError)              a block file could not be read or written
     │   └── CorruptBlockError                 its content is not what was written
@@ -132,6 +133,10 @@ class EngineError(OMLXError, RuntimeError):
 
 class UnmetConstraintError(EngineError):
     """An answer could not be continued in a way that its constraint allows."""
+
+
+class UnusableAnswerError(OMLXError, ValueError):
+    """An answer isn't what was to be made of it: JSON that was cut off, or text where a call must be."""
 
 
 class BlockPoolExhaustedError(OMLXError, MemoryError):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, closing
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any
 
-from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -16,27 +15,31 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    LogProb,
-    MessageRole,
 )
+from llama_index.core.chat_engine.types import AgentChatResponse
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import TokenAsyncGen
 
-from omlx_core import GenerationResult
-from omlx_plugins.base import BaseOMLX, reuse_metadata, token_texts
-from omlx_plugins.llama_index.messages import to_engine_messages
+from omlx_core.errors import InvalidToolError, UnusableAnswerError
+from omlx_plugins.base import require_tokenizer
+from omlx_plugins.llama_index.messages import convert_messages
+from omlx_plugins.llama_index.responses import Answer, ChatAnswer, CompletionAnswer, R_co
+from omlx_plugins.llama_index.structured import SchemaPrediction
+from omlx_plugins.llama_index.tools import AnyTool, convert_options, convert_tools, tool_selections
+from omlx_plugins.model_files import ModelDescription, describe_model
 
 if TYPE_CHECKING:
     from omlx_core import Engine
     from omlx_core.engine.params import Prompt
 
-R_co = TypeVar("R_co", covariant=True)
+MakeRequest = Callable[["Engine"], tuple["Prompt", dict[str, Any]]]
+"""Makes a prompt and the engine's options of what was asked, once the engine is there."""
 
 
-class OMLX(BaseOMLX, LLM):
+class OMLX(SchemaPrediction):
     """A local model with a paged two-tier KV cache.
 
     ::
@@ -45,17 +48,24 @@ class OMLX(BaseOMLX, LLM):
         llm.complete("Why is the sky blue?").raw["usage"]["prompt_tokens_details"]  # {"cached_tokens": …}
 
     The options of a request (``max_tokens``, ``temperature``, ``stop``, ``cache_salt`` …) can be given here or passed
-    to a call, which counts most.
+    to a call, which counts most; ``pin``, ``constraint``, ``tools``, ``tool_choice`` and the others of
+    `GenerationParams` that are no fields can be passed.
 
     A model with a chat template gets chat messages: `complete` sends its prompt as a user message unless it is told
     that the prompt is ``formatted``. A model without one gets text: `chat` renders its messages with
     ``messages_to_prompt``, and `complete` passes its prompt through ``completion_to_prompt``, which changes nothing
     unless it is set.
 
-    A response's ``raw`` has ``model``, ``finish_reason`` and ``usage`` as OpenAI does and, under ``"omlx"``, the
-    tokens reused from RAM (``cached_tokens_hot``) and from the SSD (``cached_tokens_cold``) and the seconds to the
-    first token (``ttft_s``). While streaming, it comes with the last response. Closing a stream early cancels its
-    request.
+    A message's blocks are what the model thinks, its text, and its calls. A response's ``raw`` has ``model``,
+    ``finish_reason`` and ``usage`` as OpenAI does and, under ``"omlx"``, the tokens reused from RAM
+    (``cached_tokens_hot``) and from the SSD (``cached_tokens_cold``), the seconds to the first token (``ttft_s``),
+    ``tokens_per_s`` after it, and the ``divergence`` from what the cache has, if there is one. While streaming, it
+    comes with the last response.
+
+    Every prefix is cached. ``pin=True`` keeps a request's prompt in RAM besides, and a `CachePoint` block the prompt up
+    to that block, until ``llm.get_engine().unpin()``.
+
+    Closing a stream early cancels its request, as cancelling a task does.
     """
 
     @classmethod
@@ -65,21 +75,31 @@ class OMLX(BaseOMLX, LLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The model's context length and kind; loads the model on first use, which blocks.
+        """The model's context length and kind, as its files say or, where they don't, the loaded model.
 
-        Asynchronous code that wants it first calls ``await llm.aget_engine()``.
+        A model that isn't on this machine yet is fetched and loaded, which blocks: asynchronous code that names one
+        first calls ``await llm.aget_engine()``.
+
+        Every model with a chat template calls functions, those that weren't made for it in a generic format. What must
+        be a call is made to be one.
         """
-        engine = self.get_engine()
+        facts = self.engine or self._described() or self.get_engine()
         return LLMMetadata(
-            context_window=engine.context_length or DEFAULT_CONTEXT_WINDOW,
+            context_window=facts.context_length or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
-            is_chat_model=engine.has_chat_template,
-            is_function_calling_model=False,
+            is_chat_model=facts.has_chat_template,
+            is_function_calling_model=facts.has_chat_template,
             model_name=self.model,
         )
 
+    def _described(self) -> ModelDescription | None:
+        """What the model's files say, if that is all that `metadata` needs."""
+        described = describe_model(self.model)
+        is_enough = described is not None and described.has_chat_template and described.context_length is not None
+        return described if is_enough else None
+
     def to_payload(self) -> dict[str, Any]:
-        """What callbacks see of this model; without `metadata`, which would load the model on the event loop."""
+        """What callbacks see of this model; without `metadata`, which may load the model on the event loop."""
         return {
             "class_name": self.class_name(),
             "model_name": self.model,
@@ -87,150 +107,199 @@ class OMLX(BaseOMLX, LLM):
             **self.generation_options(),
         }
 
+    # Chats and completions.
+
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        options = self.generation_options(kwargs)
-        with self.lease_engine() as engine:
-            result = engine.generate(self._chat_prompt(engine, messages), **options)
-            return self._chat_response(engine, result.text, result)
+        return self._answer(self._chat_request(messages, kwargs), ChatAnswer)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        options = self.generation_options(kwargs)
-        async with self.alease_engine() as engine:
-            result = await engine.agenerate(self._chat_prompt(engine, messages), **options)
-            return self._chat_response(engine, result.text, result)
+        return await self._aanswer(self._chat_request(messages, kwargs), ChatAnswer)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece."""
-        options = self.generation_options(kwargs)
-        prompt = self._chat_prompt(self.get_engine(), messages)
-        return _stream(self.lease_engine(), prompt, options, self._chat_response)
+        return self._stream(self._chat_request(messages, kwargs), ChatAnswer)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece."""
-        options = self.generation_options(kwargs)
-        prompt = self._chat_prompt(await self.aget_engine(), messages)
-        return _astream(self.alease_engine(), prompt, options, self._chat_response)
+        return self._astream(self._chat_request(messages, kwargs), ChatAnswer)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, or continue it if it is formatted."""
-        options = self.generation_options(kwargs)
-        with self.lease_engine() as engine:
-            result = engine.generate(self._completion_prompt(engine, prompt, formatted), **options)
-            return self._completion_response(engine, result.text, result)
+        return self._answer(self._completion_request(prompt, formatted, kwargs), CompletionAnswer)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, or continue it if it is formatted."""
-        options = self.generation_options(kwargs)
-        async with self.alease_engine() as engine:
-            result = await engine.agenerate(self._completion_prompt(engine, prompt, formatted), **options)
-            return self._completion_response(engine, result.text, result)
+        return await self._aanswer(self._completion_request(prompt, formatted, kwargs), CompletionAnswer)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt, or continue it if it is formatted, piece by piece."""
-        options = self.generation_options(kwargs)
-        engine_prompt = self._completion_prompt(self.get_engine(), prompt, formatted)
-        return _stream(self.lease_engine(), engine_prompt, options, self._completion_response)
+        return self._stream(self._completion_request(prompt, formatted, kwargs), CompletionAnswer)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Answer a prompt, or continue it if it is formatted, piece by piece."""
-        options = self.generation_options(kwargs)
-        engine_prompt = self._completion_prompt(await self.aget_engine(), prompt, formatted)
-        return _astream(self.alease_engine(), engine_prompt, options, self._completion_response)
+        return self._astream(self._completion_request(prompt, formatted, kwargs), CompletionAnswer)
+
+    # The base class's forms of these read `metadata`, which must not load on the event loop.
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """Answer a prompt template."""
-        await self.aget_engine()  # the base class reads `metadata`, which must not load on the event loop
+        await self.aget_engine()
         return await super().apredict(prompt, **prompt_args)
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
         """Answer a prompt template piece by piece."""
-        await self.aget_engine()  # as in `apredict`
+        await self.aget_engine()
         return await super().astream(prompt, **prompt_args)
 
-    def _chat_prompt(self, engine: Engine, messages: Sequence[ChatMessage]) -> Prompt:
-        converted = to_engine_messages(messages)  # checks the blocks in both cases
-        if engine.has_chat_template:
-            return converted
-        return (self.messages_to_prompt or generic_messages_to_prompt)(messages)
+    async def apredict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Call tools as the model asks for."""
+        await self.aget_engine()
+        return await super().apredict_and_call(*args, **kwargs)
 
-    def _completion_prompt(self, engine: Engine, prompt: str, formatted: bool) -> Prompt:
-        if formatted:
-            return prompt
-        if engine.has_chat_template:
-            return [{"role": "user", "content": prompt}]
-        return prompt if self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+    # Tools.
 
-    def _chat_response(
-        self, engine: Engine, text: str, result: GenerationResult | None, delta: str | None = None
-    ) -> ChatResponse:
-        message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-        return ChatResponse(message=message, delta=delta, **self._details(engine, result))
+    def _prepare_chat_with_tools(  # noqa: PLR0917 - LlamaIndex's signature
+        self,
+        tools: Sequence[AnyTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,  # noqa: ARG002 - as above
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `chat` for a conversation with tools. The history isn't changed.
 
-    def _completion_response(
-        self, engine: Engine, text: str, result: GenerationResult | None, delta: str | None = None
-    ) -> CompletionResponse:
-        return CompletionResponse(text=text, delta=delta, **self._details(engine, result))
-
-    def _details(self, engine: Engine, result: GenerationResult | None) -> dict[str, Any]:
-        """What a response says beside its text, once the answer is whole."""
-        if result is None:
-            return {}
-        usage = result.usage
-        raw = {
-            "model": self.model,
-            "finish_reason": result.finish_reason,
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.total_tokens,
-                "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-            },
-            "omlx": reuse_metadata(result),
+        Args:
+            tools: LlamaIndex's, or dictionaries in OpenAI's form.
+            user_msg: said after the history.
+            chat_history: what was said before.
+            verbose: of no effect.
+            allow_parallel_tool_calls: False ends an answer with its first call.
+            tool_required: the answer must be a call, unless `tool_choice` says which or none.
+            tool_choice: None and ``"auto"`` leave it to the model, ``"none"`` forbids calls, ``"any"`` and
+                ``"required"`` demand one or more; a tool's name, a dictionary with it, or True for the only tool that
+                there is, demand one call of that. What is demanded is guaranteed, which needs the extra ``structured``.
+            **kwargs: further options of the request.
+        """
+        messages = list(chat_history or ())
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        if tool_required and tool_choice in (None, "auto"):
+            tool_choice = "required"
+        return {
+            "messages": messages,
+            "tools": convert_tools(tools),
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
         }
-        return {"raw": raw, "logprobs": _logprobs(engine, result)}
 
+    def get_tool_calls_from_response(
+        self,
+        response: ChatResponse,
+        error_on_no_tool_call: bool = True,
+        **kwargs: Any,  # noqa: ARG002 - LlamaIndex's signature
+    ) -> list[ToolSelection]:
+        """The calls in a response, be it whole or of a stream.
 
-class _Respond(Protocol[R_co]):
-    def __call__(self, engine: Engine, text: str, result: GenerationResult | None, delta: str | None) -> R_co: ...
+        Raises:
+            UnusableAnswerError: there is none, and that is an error.
+        """
+        selections = tool_selections(response.message)
+        if error_on_no_tool_call and not selections:
+            raise UnusableAnswerError(
+                f"the answer calls no tool; it is {response.message.content!r}: demand a call with tool_required=True "
+                "or tool_choice, or pass error_on_no_tool_call=False"
+            )
+        return selections
 
+    # Counting.
 
-def _stream(
-    lease: AbstractContextManager[Engine], prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
-) -> Generator[R_co, None, None]:
-    """A response, with the text so far, for each chunk that adds text and for the last one."""
-    text = ""
-    with lease as engine, closing(engine.stream(prompt, **options)) as chunks:
-        for chunk in chunks:
-            text += chunk.text
-            if chunk.text or chunk.result is not None:
-                yield respond(engine, text, chunk.result, chunk.text)
+    def get_token_ids(self, text: str) -> list[int]:
+        """The model's own token ids of a text, without special tokens around it.
 
+        ``Settings.tokenizer = llm.get_token_ids`` lets LlamaIndex count as the model does.
+        """
+        token_ids: list[int] = require_tokenizer(self.get_engine()).encode(text, add_special_tokens=False)
+        return token_ids
 
-async def _astream(
-    lease: AbstractAsyncContextManager[Engine], prompt: Prompt, options: dict[str, Any], respond: _Respond[R_co]
-) -> AsyncGenerator[R_co, None]:
-    """As `_stream`."""
-    text = ""
-    async with lease as engine, aclosing(engine.astream(prompt, **options)) as chunks:
-        async for chunk in chunks:
-            text += chunk.text
-            if chunk.text or chunk.result is not None:
-                yield respond(engine, text, chunk.result, chunk.text)
+    def count_tokens(self, messages: Sequence[ChatMessage], tools: Sequence[AnyTool] | None = None) -> int:
+        """Tokens of the prompt that is made of the messages and tools, the chat template's included.
 
+        Raises:
+            InvalidPromptError, InvalidToolError: as a request with them.
+        """
+        engine = self.get_engine()
+        prompt, options = self._chat_request(messages, {} if tools is None else {"tools": tools})(engine)
+        return engine.count_tokens(prompt, **options)
 
-def _logprobs(engine: Engine, result: GenerationResult) -> list[list[LogProb]] | None:
-    """One list for each generated token, of the chosen token alone."""
-    if result.logprobs is None:
-        return None
-    tokens = token_texts(engine, result.token_ids)
-    return [[LogProb(token=token, logprob=logprob)] for token, logprob in zip(tokens, result.logprobs, strict=True)]
+    # Requests.
+
+    def _chat_request(self, messages: Sequence[ChatMessage], keywords: Mapping[str, Any]) -> MakeRequest:
+        conversation = convert_messages(messages)  # checks the blocks, whatever the model gets
+        options = self.generation_options(convert_options(keywords))
+
+        def make(engine: Engine) -> tuple[Prompt, dict[str, Any]]:
+            if not engine.has_chat_template:
+                return self.messages_to_prompt(messages), options  # type: ignore[misc] # the base class sets it
+            if conversation.pinned:
+                return conversation.messages, {"pin": conversation.pinned, **options}
+            return conversation.messages, options
+
+        return make
+
+    def _completion_request(self, prompt: str, formatted: bool, keywords: Mapping[str, Any]) -> MakeRequest:
+        options = self.generation_options(convert_options(keywords))
+        if options.get("tools"):
+            raise InvalidToolError("a completion has no room for calls: pass tools to chat, or to chat_with_tools")
+
+        def make(engine: Engine) -> tuple[Prompt, dict[str, Any]]:
+            if formatted:
+                return prompt, options
+            if engine.has_chat_template:
+                return [{"role": "user", "content": prompt}], options
+            return self.completion_to_prompt(prompt), options  # type: ignore[misc] # the base class sets it
+
+        return make
+
+    def _answer(self, make_request: MakeRequest, answer: type[Answer[R_co]]) -> R_co:
+        with self.lease_engine() as engine:
+            prompt, options = make_request(engine)
+            return answer(engine, self.model).whole(engine.generate(prompt, **options))
+
+    async def _aanswer(self, make_request: MakeRequest, answer: type[Answer[R_co]]) -> R_co:
+        async with self.alease_engine() as engine:
+            prompt, options = make_request(engine)
+            return answer(engine, self.model).whole(await engine.agenerate(prompt, **options))
+
+    def _stream(self, make_request: MakeRequest, answer: type[Answer[R_co]]) -> Generator[R_co, None, None]:
+        with self.lease_engine() as engine:
+            prompt, options = make_request(engine)
+            growing = answer(engine, self.model)
+            with closing(engine.stream(prompt, **options)) as chunks:
+                for chunk in chunks:
+                    response = growing.add(chunk)
+                    if response is not None:
+                        yield response
+
+    async def _astream(self, make_request: MakeRequest, answer: type[Answer[R_co]]) -> AsyncGenerator[R_co, None]:
+        async with self.alease_engine() as engine:
+            prompt, options = make_request(engine)
+            growing = answer(engine, self.model)
+            async with aclosing(engine.astream(prompt, **options)) as chunks:
+                async for chunk in chunks:
+                    response = growing.add(chunk)
+                    if response is not None:
+                        yield response

@@ -1,35 +1,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import (
-    CacheControl,
-    CachePoint,
-    ChatMessage,
-    ImageBlock,
-    MessageRole,
-    TextBlock,
-    ThinkingBlock,
-)
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import PromptTemplate, SelectorPromptTemplate
+from llama_index.core.tools import FunctionTool
+from llama_index_forms import CHAT_FORMS, COMPLETE_FORMS, all_of
+from pydantic import BaseModel
 from tiny_tokenizer import tiny_tokenizer
 
 from omlx_core import CacheSettings, GenerationParams, ModelPool
 from omlx_core.engine import shared
+from omlx_core.engine.results import ToolCall
 from omlx_core.errors import EngineError, InvalidParameterError, InvalidPromptError, UnknownParameterError
 from omlx_core.testing import FakeAnswer, FakeEngine
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
-from omlx_plugins.llama_index.messages import to_engine_messages
 
 TIMEOUT_S = 30
-CHAT_FORMS = ["chat", "stream_chat", "achat", "astream_chat"]
-COMPLETE_FORMS = ["complete", "stream_complete", "acomplete", "astream_complete"]
+WHEN = PromptTemplate("When?")
 STREAMS = ["stream_chat", "astream_chat", "stream_complete", "astream_complete"]
 
 
@@ -51,17 +48,22 @@ def loads(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> list[Any]:
     return specs
 
 
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., str]:
+    """Makes a folder with what the small files of a model say."""
+
+    def make(config: dict[str, Any], chat_template: str | None) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = {} if chat_template is None else {"chat_template": chat_template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        return str(tmp_path)
+
+    return make
+
+
 async def _all(llm: OMLX, form: str, text: str = "Hi", **kwargs: Any) -> list[Any]:
     """What one of the eight forms gives, as a list."""
-    argument = text if form in COMPLETE_FORMS else [ChatMessage(text)]
-    given = getattr(llm, form)(argument, **kwargs)
-    if form.startswith("a"):
-        given = await given
-    if form.startswith("stream"):
-        return list(given)
-    if form.startswith("astream"):
-        return [response async for response in given]
-    return [given]
+    return await all_of(llm, form, text if form in COMPLETE_FORMS else [ChatMessage(text)], **kwargs)
 
 
 def _text(response: Any) -> str:
@@ -100,6 +102,28 @@ async def test_a_streamed_prediction_that_loads_leaves_the_event_loop_free(monke
     await _assert_loop_is_free_while_loading(monkeypatch, engine, prediction)
 
 
+async def test_a_called_tool_of_a_model_that_loads_leaves_the_event_loop_free(monkeypatch, engine):
+    engine.answers = [FakeAnswer(tool_calls=[ToolCall("call_1", "now", {})])]
+    tool = FunctionTool.from_defaults(lambda: "noon", name="now", description="The time.")
+    prediction = OMLX(model="some/model").apredict_and_call([tool], "When?")
+    await _assert_loop_is_free_while_loading(monkeypatch, engine, prediction)
+
+
+@pytest.mark.parametrize("form", ["astructured_predict", "astream_structured_predict"])
+@pytest.mark.parametrize("mode", ["default", "function"])
+async def test_an_object_of_a_model_that_loads_leaves_the_event_loop_free(monkeypatch, engine, form, mode):
+    class Time(BaseModel):
+        """A time."""
+
+        hour: int
+
+    engine.answers = [FakeAnswer(['{"hour": 3}'], tool_calls=[ToolCall("call_1", "Time", {"hour": 3})])]
+    # Such a prompt looks at the model's metadata.
+    prompt = SelectorPromptTemplate(WHEN, [(lambda llm: llm.metadata.is_chat_model, WHEN)])
+    llm = OMLX(model="some/model", pydantic_program_mode=mode)
+    await _assert_loop_is_free_while_loading(monkeypatch, engine, all_of(llm, form, Time, prompt))
+
+
 async def _assert_loop_is_free_while_loading(monkeypatch: Any, engine: FakeEngine, request: Any) -> None:
     started, gate = threading.Event(), threading.Event()
 
@@ -121,7 +145,7 @@ def test_metadata_describes_the_model(llm, engine):
     assert metadata.context_window == 2048
     assert metadata.num_output == 64
     assert metadata.is_chat_model
-    assert not metadata.is_function_calling_model
+    assert metadata.is_function_calling_model
     assert metadata.model_name == "fake-model"
 
 
@@ -129,6 +153,22 @@ def test_metadata_of_a_model_that_does_not_say_its_context_and_has_no_template(l
     engine.context_length, engine.has_chat_template = None, False
     assert llm.metadata.context_window == DEFAULT_CONTEXT_WINDOW
     assert not llm.metadata.is_chat_model
+    assert not llm.metadata.is_function_calling_model
+
+
+def test_metadata_of_a_model_on_this_machine_loads_nothing(loads, model_folder):
+    folder = model_folder({"max_position_embeddings": 4096}, chat_template="{{ messages }}")
+    metadata = OMLX(model=folder).metadata
+    assert (metadata.context_window, metadata.is_chat_model, metadata.is_function_calling_model) == (4096, True, True)
+    assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("config", "chat_template"), [({}, "{{ messages }}"), ({"max_position_embeddings": 4096}, None)]
+)
+def test_metadata_that_the_files_do_not_say_is_the_loaded_models(loads, model_folder, config, chat_template):
+    assert OMLX(model=model_folder(config, chat_template)).metadata.context_window == 2048
+    assert len(loads) == 1
 
 
 def test_a_component_survives_its_serialization():
@@ -175,7 +215,13 @@ async def test_the_last_response_has_the_usage_and_what_was_reused(llm, form):
             "total_tokens": 705,
             "prompt_tokens_details": {"cached_tokens": 640},
         },
-        "omlx": {"cached_tokens_hot": 512, "cached_tokens_cold": 128, "ttft_s": 0.25},
+        "omlx": {
+            "cached_tokens_hot": 512,
+            "cached_tokens_cold": 128,
+            "ttft_s": 0.25,
+            "tokens_per_s": 4.0,
+            "divergence": None,
+        },
     }
     assert [piece.raw for piece in pieces] == [None] * len(pieces)
 
@@ -273,40 +319,10 @@ def test_a_prediction_sends_the_system_prompt_first(engine):
     ]
 
 
-# Messages
-
-
-@pytest.mark.parametrize("role", MessageRole)
-def test_every_role_has_one_that_templates_know(role):
-    (message,) = to_engine_messages([ChatMessage("x", role=role)])
-    assert message["role"] in {"system", "user", "assistant", "tool"}
-    assert message["content"] == "x"
-
-
-def test_text_blocks_keep_their_order_and_cache_points_are_passed_over():
-    blocks = [
-        TextBlock(text="one"),
-        CachePoint(cache_control=CacheControl(type="ephemeral")),
-        TextBlock(text="two"),
-    ]
-    assert to_engine_messages([ChatMessage(blocks=blocks)]) == [{"role": "user", "content": "one\ntwo"}]
-
-
-def test_a_tools_result_keeps_its_call_id():
-    message = ChatMessage("2", role="tool", additional_kwargs={"tool_call_id": "call-1", "name": "add"})
-    assert to_engine_messages([message]) == [{"role": "tool", "content": "2", "tool_call_id": "call-1", "name": "add"}]
-
-
-@pytest.mark.parametrize("block", [ImageBlock(url="http://localhost/x.png"), ThinkingBlock(content="hm")])
-def test_a_block_that_is_not_text_is_an_error_that_says_where(block):
-    with pytest.raises(InvalidPromptError, match=rf"message 1 has a {type(block).__name__}.*text only"):
-        to_engine_messages([ChatMessage("Look:"), ChatMessage(blocks=[block])])
-
-
 def test_a_block_that_is_not_text_is_an_error_without_a_chat_template_too(llm, engine):
     engine.has_chat_template = False
-    with pytest.raises(InvalidPromptError, match="ThinkingBlock"):
-        llm.chat([ChatMessage(blocks=[ThinkingBlock(content="hm")])])
+    with pytest.raises(InvalidPromptError, match="ImageBlock"):
+        llm.chat([ChatMessage(blocks=[ImageBlock(url="http://localhost/x.png")])])
 
 
 # The real engine
