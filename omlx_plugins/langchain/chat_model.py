@@ -25,8 +25,9 @@ from omlx_plugins.langchain.options import convert_options
 from omlx_plugins.langchain.profile import make_profile
 from omlx_plugins.langchain.response_format import Schema
 from omlx_plugins.langchain.structured import Method, bind_structured_output
-from omlx_plugins.langchain.tools import AnyTool, convert_tool_choice, convert_tools
+from omlx_plugins.langchain.tools import AnyTool, convert_tools, tool_names
 from omlx_plugins.langchain.warm import WarmInput, conversations_of
+from omlx_plugins.tool_choice import convert_tool_choice
 
 if TYPE_CHECKING:
     from omlx_core.cache.pins import PinnedPrefix
@@ -106,7 +107,7 @@ class ChatOMLX(LangChainOMLX, BaseChatModel):
         """
         bound: dict[str, Any] = {"tools": convert_tools(tools, strict=strict)}
         if tool_choice is not None:
-            bound["tool_choice"] = convert_tool_choice(tool_choice, bound["tools"])
+            bound["tool_choice"] = convert_tool_choice(tool_choice, tool_names(bound["tools"]))
         if parallel_tool_calls is not None:
             bound["parallel_tool_calls"] = parallel_tool_calls
         return super().bind(**bound, **kwargs)

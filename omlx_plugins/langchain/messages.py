@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import (
@@ -17,26 +16,13 @@ from langchain_core.messages import (
 )
 
 from omlx_core.errors import InvalidPromptError
+from omlx_plugins.conversation import Conversation, write_call
 
 _CALL_BLOCKS = ("tool_call", "tool_use")
 # Blocks of an earlier answer that stand elsewhere in the message too, or say nothing to a local model.
 _PASSED_OVER = frozenset(
     {"redacted_thinking", "tool_call_chunk", "invalid_tool_call", "input_json_delta", "function_call"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages as the engine takes them.
-
-    Attributes:
-        messages: each with ``role`` and ``content``, calls and results in OpenAI's form.
-        pinned: the messages up to the last block with ``cache_control``, of which the last has the text up to that
-            block only; empty if there is none.
-    """
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    pinned: list[dict[str, Any]] = field(default_factory=list)
 
 
 def convert_messages(messages: Sequence[BaseMessage]) -> Conversation:
@@ -124,7 +110,7 @@ class _MessageConverter:
         reasoning = message.additional_kwargs.get("reasoning_content")
         if isinstance(reasoning, str) and reasoning:
             self._reasoning.append(reasoning)
-        self._calls += [_call(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+        self._calls += [write_call(call["id"], call["name"], call["args"]) for call in message.tool_calls]
 
     def _take_invalid_calls(self, message: AIMessage) -> None:
         """Show the model what it wrote in place of calls, so that it can do better."""
@@ -157,7 +143,7 @@ class _MessageConverter:
                 self._reasoning.append(str(block.get(kind) or ""))
         elif kind in _CALL_BLOCKS and block.get("id") not in {call.get("id") for call in self._calls}:
             arguments = block.get("args" if kind == "tool_call" else "input")
-            self._calls.append(_call(block.get("id"), str(block.get("name")), arguments or {}))
+            self._calls.append(write_call(block.get("id"), str(block.get("name")), arguments or {}))
 
     def _take_result(self, block: Mapping[Any, Any]) -> None:
         """A tool's result within a human message, which is a message of its own for everyone else."""
@@ -188,11 +174,6 @@ class _MessageConverter:
         self._conversation.pinned[:] = self._conversation.messages
         if unfinished is not None:
             self._conversation.pinned.append(unfinished)
-
-
-def _call(call_id: Any, name: str, arguments: Any) -> dict[str, Any]:
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return call if call_id is None else {**call, "id": call_id}
 
 
 def _as_error(text: str) -> str:

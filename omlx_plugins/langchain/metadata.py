@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 
 from omlx_core import GenerationResult, Usage
-from omlx_core.engine.results import Divergence
 from omlx_plugins.base import reuse_metadata, token_texts
 
 if TYPE_CHECKING:
@@ -39,20 +38,11 @@ def response_metadata(engine: Engine, model: str, result: GenerationResult) -> d
         "model_name": model,
         "model_provider": PROVIDER,
         "finish_reason": result.finish_reason,
-        PROVIDER: {
-            **reuse_metadata(result),
-            "tokens_per_s": result.tokens_per_s,
-            "divergence": None if result.divergence is None else _divergence(result.divergence),
-        },
+        PROVIDER: reuse_metadata(result),
     }
     if result.logprobs is not None:
         metadata["logprobs"] = {"content": _logprobs(engine, result, result.logprobs)}
     return metadata
-
-
-def _divergence(divergence: Divergence) -> dict[str, Any]:
-    texts = {"prompt_text": divergence.prompt_text, "cached_text": divergence.cached_text}
-    return {"position": divergence.position, **{name: text for name, text in texts.items() if text is not None}}
 
 
 def _logprobs(engine: Engine, result: GenerationResult, logprobs: list[float]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from omlx_plugins.langchain.response_format import convert_response_format
-from omlx_plugins.langchain.tools import convert_tool_choice, convert_tools
+from omlx_plugins.langchain.tools import convert_tools, tool_names
+from omlx_plugins.tool_choice import convert_tool_choice
 
 # LangChain's own switch for streaming reaches the model.
 _NOT_FOR_THE_ENGINE = ("stream",)
@@ -27,7 +28,7 @@ def convert_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("tools") is not None:
         options["tools"] = convert_tools(options["tools"])
     if "tool_choice" in options:
-        options["tool_choice"] = convert_tool_choice(options["tool_choice"], options.get("tools") or [])
+        options["tool_choice"] = convert_tool_choice(options["tool_choice"], tool_names(options.get("tools") or ()))
     if options.get("parallel_tool_calls", 0) is None:
         del options["parallel_tool_calls"]
     response_format = options.pop("response_format", None)
