@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransformer, Document
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SkipValidation
 
 from omlx_core.engine.params import Prompt
 from omlx_core.errors import InvalidParameterError
@@ -60,22 +60,28 @@ class CacheAwareReorder(BaseDocumentCompressor, BaseDocumentTransformer):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     llm: ChatOMLX | OMLX
-    prompt: BasePromptTemplate[Any] | str | Callable[[str], LanguageModelInput]
+    prompt: SkipValidation[BasePromptTemplate[Any] | str | Callable[[str], LanguageModelInput]]
     document_variable: str = "context"
-    document_prompt: BasePromptTemplate[str] | None = None
+    document_prompt: SkipValidation[BasePromptTemplate[str] | None] = None
     separator: str = "\n\n"
     key: Callable[[Document], Any] | None = None
     align: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     on_reorder: Callable[[Reordering], None] | None = Field(default=None, exclude=True, repr=False)
 
-    @model_validator(mode="after")
-    def _check_prompt(self) -> Self:
-        if isinstance(self.prompt, str):
-            self.prompt = PromptTemplate.from_template(self.prompt)
-        if isinstance(self.prompt, BasePromptTemplate):
-            _check_head(self.prompt, self.document_variable)
-        return self
+    # The type checker keeps the signature that it derives from the fields; pydantic would wrap a validator's error.
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            super().__init__(**values)
+            self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        prompt = PromptTemplate.from_template(self.prompt) if isinstance(self.prompt, str) else self.prompt
+        if isinstance(prompt, BasePromptTemplate):
+            _check_head(prompt, self.document_variable)
+        elif not callable(prompt):
+            raise InvalidParameterError(f"prompt={self.prompt!r}: give a template, a string or a function")
 
     def plan(self, documents: Sequence[Document]) -> Reordering:
         """The order, and what it is expected to reuse; the context in it has the documents joined."""
@@ -122,14 +128,14 @@ class CacheAwareReorder(BaseDocumentCompressor, BaseDocumentTransformer):
         return format_document(document, self.document_prompt)
 
     def _render(self, context: str) -> Prompt:
-        if isinstance(self.prompt, BasePromptTemplate):
-            asked: LanguageModelInput = self.prompt.invoke(
-                {**_neutral_values(self.prompt), self.document_variable: context}
-            )
-        elif isinstance(self.prompt, str):
-            raise InvalidParameterError(f"prompt={self.prompt!r} is no template")
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            prompt = PromptTemplate.from_template(prompt)
+        asked: LanguageModelInput
+        if isinstance(prompt, BasePromptTemplate):
+            asked = prompt.invoke({**_neutral_values(prompt), self.document_variable: context})
         else:
-            asked = self.prompt(context)
+            asked = prompt(context)
         value: PromptValue = self.llm._convert_input(asked)
         if isinstance(self.llm, ChatOMLX):
             return convert_messages(value.to_messages()).messages
