@@ -32,6 +32,6 @@ def chat(context: str, question: str = "") -> list[dict[str, str]]:
     return [{"role": "system", "content": f"Answer:\n\n{context}"}, {"role": "user", "content": question}]
 
 
-def ask(engine: Engine, documents: Sequence[str], question: str = "Which?", **options: Any) -> Any:
+def ask(engine: Engine, texts: Sequence[str], question: str = "Which?", **options: Any) -> Any:
     """A request about documents in this order."""
-    return engine.generate(chat(SEPARATOR.join(documents), question), max_tokens=1, **options)
+    return engine.generate(chat(SEPARATOR.join(texts), question), **{"max_tokens": 1, **options})

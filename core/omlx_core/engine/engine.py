@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,6 +18,7 @@ from omlx_core.mlx_backend import mx
 from omlx_core.cache.pins import PinnedPrefix
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.calls import arun, results_of, run
+from omlx_core.engine.document_reuse import DocumentReuse
 from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.prefix_cache import open_prefix_cache
 from omlx_core.engine.prefix_reuse import PrefixReuse
@@ -126,7 +128,7 @@ class Engine:
         settings = EngineSettings() if settings is None else settings
         scheduler = Scheduler(name, settings)
 
-        def load_and_serve() -> tuple[LoadedModel, TieredCache, PromptStateCodec | None]:
+        def load_and_serve() -> tuple[LoadedModel, TieredCache, PromptStateCodec | None, DocumentReuse]:
             loaded = load()
             prompt_caches = PromptCaches(loaded.model, loaded.name, settings, cache.block_size)
             tiers, codec = open_prefix_cache(loaded, cache, prompt_caches)
@@ -134,17 +136,26 @@ class Engine:
             end_token_ids = sorted(tokenizer.eos_token_ids) if tokenizer else []
             newline_token_ids = tokenizer.encode("\n", add_special_tokens=False) if tokenizer else []
             reuse = PrefixReuse(prompt_caches, tiers, codec, settings=settings, wake=scheduler.wake)
-            scheduler.serve(loaded.model, end_token_ids, newline_token_ids, reuse, prompt_caches)
-            return loaded, tiers, codec
+            documents = DocumentReuse(loaded.model, loaded.name, prompt_caches, tiers, codec)
+            scheduler.serve(
+                loaded.model, end_token_ids, newline_token_ids, reuse, prompt_caches, document_reuse=documents
+            )
+            return loaded, tiers, codec, documents
 
         try:
-            loaded, tiers, codec = scheduler.thread.call(load_and_serve)
+            loaded, tiers, codec, documents = scheduler.thread.call(load_and_serve)
         except BaseException:
             scheduler.thread.close()
             raise
         self._scheduler = scheduler
         has_checkpoints = codec is not None and codec.has_checkpoints
-        self._maker = RequestMaker(loaded, settings, tiers.find_neighbour, counts_system_tokens=has_checkpoints)
+        self._maker = RequestMaker(
+            loaded,
+            settings,
+            tiers.find_neighbour,
+            counts_system_tokens=has_checkpoints,
+            check_document_reuse=partial(scheduler.thread.call, documents.check),
+        )
         self._lookup = PromptLookup(tiers.lookup, codec, self._maker.encoder.decode)
         self._cache = tiers
         self._name = loaded.name
@@ -234,18 +245,18 @@ class Engine:
         return Usage(len(token_ids), cached_tokens_hot=found.tokens_hot, cached_tokens_cold=found.tokens_cold)
 
     def find_cached_order(
-        self, prompt: Prompt, documents: Sequence[str], *, any_space: bool = False, **options: Unpack[GenerationOptions]
+        self, prompt: Prompt, texts: Sequence[str], *, any_space: bool = False, **options: Unpack[GenerationOptions]
     ) -> list[int]:
         """Which of a prompt's documents, in which order, continue its head furthest in the cache.
 
         Args:
             prompt: text or messages with all of the documents.
-            documents: their texts, in the order in which they are in the prompt.
+            texts: of these documents, in the order in which they are in the prompt.
             any_space: any white space may stand before a document, instead of what does in this prompt.
             **options: as for `count_cached_tokens`.
 
         Returns:
-            Indices of `documents`: put first in this order, they let the request reuse the longest chain of blocks
+            Indices of `texts`: put first in this order, they let the request reuse the longest chain of blocks
             that is there for any order. The others are not part of it; see `PromptLookup.find_order`.
 
         Raises:
@@ -253,16 +264,16 @@ class Engine:
         """
         params = GenerationParams.from_options(options)
         text, token_ids = self._encode_with_text(prompt, params)
-        return self._lookup.find_order(text, token_ids, documents, params.extra_keys, any_space=any_space)
+        return self._lookup.find_order(text, token_ids, texts, params.extra_keys, any_space=any_space)
 
-    def find_starts(self, prompt: Prompt, documents: Sequence[str], **options: Unpack[GenerationOptions]) -> list[int]:
+    def find_starts(self, prompt: Prompt, texts: Sequence[str], **options: Unpack[GenerationOptions]) -> list[int]:
         """The index of the token that each of a prompt's documents begins in; arguments as for `find_cached_order`.
 
         Raises:
             InvalidRequestError: as `find_cached_order`, or the tokenizer changes texts.
         """
         text, token_ids = self._encode_with_text(prompt, GenerationParams.from_options(options))
-        return self._lookup.find_starts(text, token_ids, documents)
+        return self._lookup.find_starts(text, token_ids, texts)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Answer a prompt and wait for the whole answer.

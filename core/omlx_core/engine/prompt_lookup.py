@@ -8,22 +8,18 @@ arXiv:2511.03475) do. Nothing is held, and MLX isn't used: any thread may ask.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.prefix_lookup import FoundPrefix, PrefixLookup
-from omlx_core.errors import InvalidPromptError
+from omlx_core.model.text_places import REPLACEMENT, Decode, TokenPlaces, locate
 from omlx_core.state.prompt_state import PromptStateCodec
 
 _MAX_CHILDREN = 128  # of the blocks that follow one, how many are looked into
 _MAX_TEXTS = 4096  # blocks whose text is remembered
 _MAX_READINGS = 16  # documents that begin alike, so that a block may be of any of them
 _CONTEXT_TOKENS = 8  # a decoder trims what a text begins with, so a block is decoded with the tokens before it
-_REPLACEMENT = "\ufffd"  # how a character reads of which the rest is in the next block
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def last_boundary(num_prompt_tokens: int, block_size: int, codec: PromptStateCodec) -> int:
@@ -162,7 +158,7 @@ class PromptLookup:
         Raises:
             InvalidPromptError: a document isn't in the prompt.
         """
-        places = _locate(text, documents)
+        places = locate(text, documents)
         full = self._decode(token_ids)
         # What the tokenizer puts before a text; one that changes the text itself can't be followed.
         offset = len(full) - len(text)
@@ -190,17 +186,8 @@ class PromptLookup:
         Raises:
             InvalidPromptError: a document isn't in the prompt, or its tokenizer changes the text.
         """
-        places = _locate(text, documents)
-        full = self._decode(token_ids)
-        if not full.endswith(text):
-            raise InvalidPromptError("this model's tokenizer changes texts, so no place in them can be told")
-        offset = len(full) - len(text)
-
-        def num_chars(num_tokens: int) -> int:
-            return len(self._decode(token_ids[:num_tokens]).rstrip(_REPLACEMENT)) if num_tokens else 0
-
-        counts = range(len(token_ids) + 1)
-        return [bisect.bisect_right(counts, offset + place, key=num_chars) - 1 for place in places]
+        places = TokenPlaces(self._decode, text, token_ids)
+        return [places.token_at(place) for place in locate(text, documents)]
 
     def _find_head(
         self, full: str, head_chars: int, token_ids: Sequence[int], extra_keys: tuple[str, ...]
@@ -238,8 +225,8 @@ class PromptLookup:
         """What a block adds to the text before it; None if that can't be told."""
         if block_hash in self._texts:
             return self._texts[block_hash]
-        before = self._decode(context_ids).rstrip(_REPLACEMENT) if context_ids else ""
-        whole = self._decode(context_ids + block_ids).rstrip(_REPLACEMENT)
+        before = self._decode(context_ids).rstrip(REPLACEMENT) if context_ids else ""
+        whole = self._decode(context_ids + block_ids).rstrip(REPLACEMENT)
         text = whole[len(before) :] if whole.startswith(before) else None
         if len(self._texts) >= _MAX_TEXTS:
             self._texts = {}
@@ -259,19 +246,3 @@ class PromptLookup:
                 hashes.append(above.block_hash)
             above = above.parent
         return self._lookup.can_restore(hashes[::-1], codec.needs)
-
-
-def _locate(text: str, documents: Sequence[str]) -> list[int]:
-    """Where each document begins."""
-    places: list[int] = []
-    at = 0
-    for index, document in enumerate(documents):
-        place = text.find(document, at) if document else -1
-        if place < 0:
-            raise InvalidPromptError(
-                f"documents[{index}]={document[:40]!r} is empty, or not in the prompt behind the ones before it: give "
-                "the texts that the prompt has, in its order"
-            )
-        places.append(place)
-        at = place + len(document)
-    return places
