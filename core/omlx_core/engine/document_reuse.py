@@ -196,14 +196,16 @@ class DocumentReuse:
             leaf.update_and_fetch(*rows)
         pending = self._cache.match(padded, extra_keys, codec.needs, max_tokens=len(padded))
         pending.cancel()
-        self._cache.append_tokens(pending.table, padded[pending.table.num_tokens :])
-        self._cache.store(
-            pending.table,
-            lambda start, stop, has_rows: CapturedBlock(
-                None if has_rows else codec.capture_rows(prompt_cache, start, stop)
-            ),
-        )
-        self._cache.release(pending.table)
+        try:
+            self._cache.append_tokens(pending.table, padded[pending.table.num_tokens :])
+            self._cache.store(
+                pending.table,
+                lambda start, stop, has_rows: CapturedBlock(
+                    None if has_rows else codec.capture_rows(prompt_cache, start, stop)
+                ),
+            )
+        finally:
+            self._cache.release(pending.table)
 
     def _padded(self, token_ids: Sequence[int]) -> list[int]:
         size = self._cache.block_size
