@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 import threading
 
+from omlx_core.mlx_backend import mx
+
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from rag_engine import BLOCK_SIZE, SEPARATOR, ask, chat, document, make_engine
 from tiny_models import tiny_gemma3, tiny_llama
 from tiny_prompts import tokens
+from tiny_tokenizer import tiny_tokenizer
 
-from omlx_core import EngineSettings
+from omlx_core import CacheSettings, Engine, EngineSettings
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.document_reuse import DocumentReuse
 from omlx_core.errors import InvalidParameterError, InvalidPromptError, RequestCancelledError
+from omlx_core.model.text_places import TokenPlaces, locate
 from omlx_plugins.langchain import ChatOMLX
 from omlx_plugins.llama_index import OMLX
 
@@ -53,6 +58,43 @@ def test_in_a_model_of_one_layer_moved_documents_are_exact(recompute):
             assert result.usage.approximate_tokens > 100
             assert result.token_ids == expected.token_ids
             assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [0, 16, 50])
+@pytest.mark.parametrize("options", [{}, {"rope_traditional": True, "rope_scaling": {"type": "linear", "factor": 2.0}}])
+def test_the_answer_is_that_of_documents_put_together_by_hand(recompute, options):
+    model = tiny_llama(num_hidden_layers=3, **options)
+    with make_engine(model) as engine:
+        for order in ([0, 1, 2], [2, 3, 0]):
+            texts = [TEXTS[i] for i in order]
+            prompt = chat(SEPARATOR.join(texts), "Which?")
+            found = approximate(engine, texts, document_recompute_tokens=recompute)
+            token_ids = engine.encode(prompt)
+            text = engine.tokenizer.decode(token_ids)
+            places = TokenPlaces(engine.tokenizer.decode, text, token_ids)
+            spans = [
+                places.tokens_within(at, at + len(each)) for at, each in zip(locate(text, texts), texts, strict=True)
+            ]
+            [logprob] = by_hand(model, token_ids, spans, recompute)
+            assert found.logprobs == pytest.approx([logprob], abs=1e-4)
+
+
+def by_hand(model, token_ids, spans, recompute):
+    """The log-probability of the likeliest next token, with mlx-lm alone."""
+    cache, at = make_prompt_cache(model), 0
+    for start, stop in spans:
+        alone = make_prompt_cache(model)
+        model(mx.array([token_ids[start:stop]]), cache=alone)
+        model(mx.array([token_ids[at : start + recompute]]), cache=cache)
+        for layer, leaf, source in zip(model.layers, cache, alone, strict=True):
+            keys = source.keys[..., recompute : stop - start, :]
+            # One token at a time, each by the same distance.
+            turned = [layer.self_attn.rope(keys[..., i : i + 1, :], offset=start) for i in range(keys.shape[2])]
+            values = source.values[..., recompute : stop - start, :]
+            leaf.update_and_fetch(mx.concatenate(turned, axis=2), values)
+        at = stop
+    logits = model(mx.array([token_ids[at:]]), cache=cache)[0, -1]
+    return [(logits - mx.logsumexp(logits)).max().item()]
 
 
 def test_the_tokens_computed_in_place_bring_the_answer_closer(engine, cold):
@@ -243,6 +285,16 @@ def test_models_whose_keys_can_not_be_moved_are_refused(model, settings, cache, 
     with (
         make_engine(model(), EngineSettings(**settings), **cache) as engine,
         pytest.raises(InvalidParameterError, match=f"document_reuse='approximate' is not for model: .*{why}"),
+    ):
+        approximate(engine, TEXTS)
+
+
+def test_a_model_with_a_draft_is_refused():
+    with (
+        Engine(
+            tiny_llama(), tiny_tokenizer(), cache=CacheSettings(block_size=16), draft_model=tiny_llama(seed=1)
+        ) as engine,
+        pytest.raises(InvalidParameterError, match="document_reuse='approximate' is not for"),
     ):
         approximate(engine, TEXTS)
 

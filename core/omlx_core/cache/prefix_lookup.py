@@ -101,7 +101,4 @@ class PrefixLookup:
         if self._ssd is None:
             return children
         known = {child.block_hash for child in children}
-        return [
-            *children,
-            *(child for child in self._ssd.children(parent_hash, extra_keys, limit) if child.block_hash not in known),
-        ]
+        return [*children, *self._ssd.children(parent_hash, extra_keys, limit, known)]

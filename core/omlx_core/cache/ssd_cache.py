@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -240,13 +240,20 @@ class PagedSSDCacheManager:
         children = self.children(parent_hash, extra_keys, _MAX_CHILDREN)
         return nearest_of(token_ids, num_blocks * block_size, [child.token_ids for child in children])
 
-    def children(self, parent_hash: BlockHash | None, extra_keys: tuple[str, ...], limit: int) -> list[ChildBlock]:
-        """The published blocks that follow one, or that begin a chain. Blocks on the disk.
+    def children(
+        self,
+        parent_hash: BlockHash | None,
+        extra_keys: tuple[str, ...],
+        limit: int,
+        known: Container[BlockHash] = (),
+    ) -> list[ChildBlock]:
+        """The published blocks that follow one, or that begin a chain. Blocks on the disk, a read for each.
 
         Args:
             parent_hash: the one that they follow; None for the first of a chain.
             extra_keys: what they must have been stored under.
             limit: look into no more than this, those that were used last.
+            known: blocks to pass over.
 
         Returns:
             None of them if the folder can't be read.
@@ -259,7 +266,8 @@ class PagedSSDCacheManager:
                     hashes = view.children(self._namespace, parent_hash, limit)
         except OSError:
             return []
-        read = ((each, self._read_tokens(each, parent_hash, extra_keys)) for each in hashes)
+        new = (each for each in hashes if each not in known)
+        read = ((each, self._read_tokens(each, parent_hash, extra_keys)) for each in new)
         return [ChildBlock(block_hash, token_ids) for block_hash, token_ids in read if token_ids is not None]
 
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
