@@ -380,6 +380,18 @@ def write_report(result: Mapping[str, Any]) -> None:
             for place in places
         },
     )
+    bar_chart(
+        folder / "agreement.svg",
+        "Approximate documents, by the tokens of each that are computed in place",
+        "%",
+        {
+            count: {
+                "prompt tokens moved": 100 * values["saved_share"],
+                "likeliest token is the exact answer's": 100 * values["likeliest_share"],
+            }
+            for count, values in result["agreement"].items()
+        },
+    )
     page = with_section(PAGE.read_text(encoding="utf-8"), "figures", tables(result))
     page = with_section(page, "agreement", agreement_tables(result))
     PAGE.write_text(page, encoding="utf-8")
