@@ -140,8 +140,8 @@ class PromptLookup:
     ) -> list[int]:
         """The documents of the longest cached chain that begins like a prompt and goes on with its documents.
 
-        Each block behind the prompt's head is looked at once at the most, so the time grows with the number of blocks
-        and not with that of the orders.
+        Each block behind the prompt's head is looked at once at the most, and of those that follow one block only the
+        latest 128 of each tier, so the time grows with the number of blocks and not with that of the orders.
 
         Args:
             text: the prompt.
