@@ -337,12 +337,13 @@ def figures_of(ways: Mapping[str, Way]) -> list[Figure]:
     return figures
 
 
-def result_of(ways: Mapping[str, Way]) -> dict[str, Any]:
+def result_of(ways: Mapping[str, Way], numbers: Sequence[int]) -> dict[str, Any]:
     whole = ways[NO_CACHE]
     return {
         name: {
             "prefilled_tokens": sum(way.prefilled),
             "prefilled_share": sum(way.prefilled) / sum(whole.prefilled),
+            "timed_prefilled_tokens": statistics.mean(way.prefilled[number] for number in numbers),
             "mean_ttft_s": statistics.mean(way.ttft_s) if way.ttft_s else None,
             "median_ttft_s": statistics.median(way.ttft_s) if way.ttft_s else None,
             "hit_rate_by_place": way.hit_rates(),
@@ -400,12 +401,20 @@ def write_report(result: Mapping[str, Any]) -> None:
 def tables(result: Mapping[str, Any]) -> str:
     ways = result["ways"]
     num_places = len(ways[CACHE]["hit_rate_by_place"])
-    header = ["", "tokens prefilled", "of all", "mean TTFT", *(f"place {place + 1}" for place in range(num_places))]
+    header = [
+        "",
+        "tokens prefilled",
+        "of all",
+        "mean TTFT",
+        "prefilled for it, mean",
+        *(f"place {place + 1}" for place in range(num_places)),
+    ]
     rows = [header, ["---", *("--:" for _ in header[1:])]]
     for name, way in ways.items():
         ttft = "" if way["mean_ttft_s"] is None else f"{way['mean_ttft_s']:.2f} s"
         rates = [f"{rate:.0%}" for rate in way["hit_rate_by_place"]]
-        rows.append([name, f"{way['prefilled_tokens']:,}", f"{way['prefilled_share']:.0%}", ttft, *rates])
+        prefilled = (f"{way['prefilled_tokens']:,}", f"{way['prefilled_share']:.0%}")
+        rows.append([name, *prefilled, ttft, f"{way['timed_prefilled_tokens']:.0f}", *rates])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     arguments = result["arguments"]
     where = (
@@ -489,7 +498,7 @@ def main() -> None:
         timed=len(numbers),
         mean_prompt_tokens=statistics.mean(tokens),
         sources=sorted({section.source for section in documents}),
-        ways=result_of(ways),
+        ways=result_of(ways, numbers),
         generated=generated,
         agreement={
             str(count): {

@@ -47,6 +47,18 @@ def test_documents_in_any_order_are_read_once_and_the_answer_is_that_of_their_ne
     assert answer.text == ask(uncached, documents, "Where does Vienna lie?").text
 
 
+def test_moved_documents_save_most_of_the_prompt_and_leave_nothing_to_exact_requests(sample_model):
+    llm = ChatOMLX(model=sample_model, kv_cache=CacheSettings(block_size=BLOCK_SIZE), max_tokens=6)
+    moving = llm.model_copy(update={"document_reuse": "approximate", "document_recompute_tokens": 4})
+    for order in ([0, 1, 2], [2, 1, 0]):
+        documents = [Document(FACTS[i]) for i in order]
+        answer = ask(moving.bind(documents=[FACTS[i] for i in order]), documents, "Where does Rome lie?")
+    assert answer.response_metadata["omlx"]["approximate_tokens"] > answer.usage_metadata["input_tokens"] / 3
+    exact = ask(llm, documents, "Where does Rome lie?")
+    assert exact.usage_metadata["input_token_details"]["cache_read"] <= BLOCK_SIZE
+    assert exact.text == ask(llm.bind(cache_salt="cold"), documents, "Where does Rome lie?").text
+
+
 @pytest.mark.parametrize("example", ["langchain/reorder_documents.py", "llama_index/reorder_nodes.py"])
 def test_the_examples_reuse_most_of_their_second_prompt(example, sample_model, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [example, sample_model])

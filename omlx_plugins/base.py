@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from omlx_core import CacheSettings, GenerationParams, GenerationResult
 from omlx_core.engine import shared
-from omlx_core.engine.params import DocumentReuse, GenerationOptions, ToolFormat
+from omlx_core.engine.params import DocumentReuseMode, GenerationOptions, ToolFormat
 from omlx_core.errors import InvalidPromptError, UnknownParameterError
 from omlx_plugins.plugins import forward_cache_events, register_state_handlers
 
@@ -94,7 +94,7 @@ class BaseOMLX(BaseModel):
     template_args: dict[str, Any] | None = None
     cache_salt: str | None = None
     store: bool = True
-    document_reuse: DocumentReuse = "exact"
+    document_reuse: DocumentReuseMode = "exact"
     document_recompute_tokens: int = 16
 
     _ignored_keywords: ClassVar[frozenset[str]] = frozenset()

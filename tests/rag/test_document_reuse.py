@@ -171,7 +171,13 @@ def test_documents_too_short_to_gain_by_it_are_exact(engine, cold):
     assert result.logprobs == exact_logprobs(cold, texts)
 
 
-def test_a_document_that_continues_another_is_kept_apart_from_it(cold):
+def test_white_space_around_documents_does_not_count(engine):
+    spaced = [f"  {text}\n" for text in TEXTS]
+    found = approximate(engine, TEXTS, documents=spaced)
+    assert found.usage.approximate_tokens == approximate(engine, TEXTS).usage.approximate_tokens > 100
+
+
+def test_a_document_that_continues_another_is_kept_apart_from_it():
     # Both fill their last block up; the longer one with the token that the shorter one is filled up with.
     model = tiny_llama(num_hidden_layers=1)
     with make_engine(model) as engine, make_engine(model, no_cache=True) as cold:

@@ -24,7 +24,7 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 ToolFormat = Literal["template", "generic"]
 """How tools are shown to the model, and their calls read: as its chat template does it, or as this project does."""
 
-DocumentReuse = Literal["exact", "approximate"]
+DocumentReuseMode = Literal["exact", "approximate"]
 """Whether a document's keys and values may be used behind another prefix than they were computed for."""
 
 MAX_TOP_LOGPROBS = 20
@@ -70,7 +70,7 @@ class GenerationOptions(TypedDict, total=False):
     cache_salt: str | None
     store: bool
     pin: bool | Sequence[ChatMessage]
-    document_reuse: DocumentReuse
+    document_reuse: DocumentReuseMode
     documents: Sequence[str]
     document_recompute_tokens: int
     on_prefill: Callable[[int, int], None] | None
@@ -117,7 +117,8 @@ class GenerationParams:
         document_reuse: ``"approximate"`` uses the keys and values that each of `documents` has by itself, wherever it
             stands. Experimental: the answer is another one than the prompt's own, and often close to it. For models
             with rotary embeddings and full attention in all layers.
-        documents: the texts of the prompt's documents, in its order; only `document_reuse` asks for them.
+        documents: the texts of the prompt's documents, in its order; only `document_reuse` asks for them. White space
+            around them doesn't count.
         document_recompute_tokens: how many tokens of each document are computed in their place all the same.
         on_prefill: called with the number of prompt tokens that are ready and of all of them while the prompt is
             computed, on the engine's thread: it must return at once.
@@ -156,7 +157,7 @@ class GenerationParams:
     cache_salt: str | None = None
     store: bool = True
     pin: bool | Sequence[ChatMessage] = field(default=False, hash=False)
-    document_reuse: DocumentReuse = "exact"
+    document_reuse: DocumentReuseMode = "exact"
     documents: Sequence[str] = field(default=(), hash=False)
     document_recompute_tokens: int = 16
     on_prefill: Callable[[int, int], None] | None = field(default=None, compare=False, repr=False)

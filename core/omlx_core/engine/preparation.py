@@ -168,9 +168,10 @@ class RequestMaker:
         self._check_document_reuse()
         places = TokenPlaces(self.encoder.decode, encoded.text, encoded.token_ids)
         end = len(encoded.token_ids) - 1
+        texts = [text.strip() for text in params.documents]  # templates trim what they are given
         spans = (
             places.tokens_within(place, place + len(text))
-            for place, text in zip(locate(encoded.text, params.documents), params.documents, strict=True)
+            for place, text in zip(locate(encoded.text, texts), texts, strict=True)
         )
         return [DocumentSpan(start, min(stop, end)) for start, stop in spans]
 
