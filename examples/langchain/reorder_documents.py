@@ -23,7 +23,9 @@ model = sys.argv[1] if len(sys.argv) > 1 else str(ensure_sample_model())
 # Documents this short need small blocks: a prefix is reused in whole blocks.
 llm = ChatOMLX(model=model, kv_cache=CacheSettings(block_size=16), max_tokens=12)
 prompt = ChatPromptTemplate([("system", "Answer from these documents.\n\n{context}"), ("user", "{question}")])
-reorder = CacheAwareReorder(llm=llm, prompt=prompt, on_reorder=lambda plan: print(f"  expected: {plan.expected}"))
+reorder = CacheAwareReorder(
+    llm=llm, prompt=prompt, on_reorder=lambda plan: print(f"  {plan.expected.cached_tokens} tokens are expected there")
+)
 
 for question, retrieved in (
     ("On which river does Rome lie?", ["Rome", "Paris", "Vienna"]),

@@ -43,7 +43,9 @@ query_engine = RetrieverQueryEngine(
     response_synthesizer=get_response_synthesizer(llm=llm, text_qa_template=template),
     node_postprocessors=[
         CacheAwareReorder(
-            llm=llm, text_qa_template=template, on_reorder=lambda plan: print(f"  expected: {plan.expected}")
+            llm=llm,
+            text_qa_template=template,
+            on_reorder=lambda plan: print(f"  {plan.expected.cached_tokens} tokens are expected there"),
         )
     ],
 )
