@@ -115,8 +115,8 @@ class GenerationParams:
         pin: keep the prompt's blocks in RAM until `Engine.unpin`, within the cache's ``pin_share``; or only those of
             the messages given here, which the prompt begins with: the last of them may have less text than there.
         document_reuse: ``"approximate"`` uses the keys and values that each of `documents` has by itself, wherever it
-            stands. Experimental: the answer is another one than the prompt's own, and often close to it. For models
-            with rotary embeddings and full attention in all layers.
+            stands. Experimental: the answer is another one than the prompt's own; ``docs/rag.md`` says how far from it.
+            For models with rotary embeddings and full attention in all layers.
         documents: the texts of the prompt's documents, in its order; only `document_reuse` asks for them. White space
             around them doesn't count.
         document_recompute_tokens: how many tokens of each document are computed in their place all the same.
