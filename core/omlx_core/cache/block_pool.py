@@ -18,7 +18,7 @@ Not thread-safe: `PagedCacheManager` holds the lock.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from omlx_core.cache.block_hash import BlockHash
@@ -128,10 +128,17 @@ class BlockPool:
     Args:
         initial_blocks: records made at once; the pool doubles when it runs out of empty ones.
         max_blocks: most records; None is no limit, since bytes are bounded elsewhere.
+        on_forget: told the name of each block whose record is emptied, but for those that `clear` forgets.
     """
 
-    def __init__(self, initial_blocks: int, max_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        initial_blocks: int,
+        max_blocks: int | None = None,
+        on_forget: Callable[[BlockHash], None] = lambda _: None,
+    ) -> None:
         self._max_blocks = max_blocks
+        self._on_forget = on_forget
         self._clock = 0
         self.num_evictions = 0
         self.clear()
@@ -307,6 +314,7 @@ class BlockPool:
     def _reset(self, block: CacheBlock) -> None:
         if block.block_hash is not None:
             del self._index[block.block_hash]
+            self._on_forget(block.block_hash)
         if block.payload is not None:
             self._kind(block).hot_bytes -= block.payload.size_bytes
             self._num_hot -= 1

@@ -9,13 +9,14 @@ common partial block copies it (copy-on-write).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.block_table import BlockTable, FullBlock
+from omlx_core.cache.block_tree import BlockTree, ChildBlock
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.hot_budget import HotBudget
 from omlx_core.cache.parts import ROWS, Part, PartKey, hash_part
@@ -88,7 +89,8 @@ class PagedCacheManager:
         self._namespace = namespace
         self._cold = cold
         self._events = EventBus() if events is None else events
-        self._pool = BlockPool(initial_blocks, max_blocks)
+        self._tree = BlockTree()
+        self._pool = BlockPool(initial_blocks, max_blocks, self._tree.discard)
         self._budget = HotBudget(self._pool, hot_max_bytes, checkpoint_share, self._events)
         self._lock = threading.Lock()
         self._num_promotions = 0
@@ -114,7 +116,7 @@ class PagedCacheManager:
         limit = len(token_ids) if max_tokens is None else min(max_tokens, len(token_ids))
         table = BlockTable(extra_keys)
         reusable = token_ids[: limit - limit % self.block_size]
-        for block_hash in iter_block_hashes(self._namespace, reusable, self.block_size, extra_keys):
+        for block_hash in self.block_hashes(reusable, extra_keys):
             block = self._acquire(block_hash)
             if block is None:
                 break
@@ -160,6 +162,23 @@ class PagedCacheManager:
         with self._lock:
             block = self._pool.get(block_hash)
             return block is not None and block.payload is not None
+
+    def block_hashes(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Iterator[BlockHash]:
+        """The names of a sequence's full blocks, lazily."""
+        return iter_block_hashes(self._namespace, token_ids, self.block_size, extra_keys)
+
+    def tier_of(self, block_hash: BlockHash) -> Literal["hot", "cold"] | None:
+        """Where a block or a part of one can be had from now, without holding it; None is nowhere."""
+        with self._lock:
+            block = self._pool.get(block_hash)
+            if block is not None:
+                return "cold" if block.payload is None else "hot"
+        return "cold" if self._cold is not None and self._cold.has_block(block_hash) else None
+
+    def children(self, parent_hash: BlockHash | None, extra_keys: tuple[str, ...], limit: int) -> list[ChildBlock]:
+        """The blocks published here that follow one, or begin a chain; the latest first, `limit` at the most."""
+        with self._lock:
+            return self._tree.children(parent_hash or self._namespace, extra_keys, limit)
 
     def share_block(self, table: BlockTable, full: FullBlock) -> bool:
         """Put the block that another sequence has published, if it is in RAM, in place of the table's own.
@@ -338,9 +357,10 @@ class PagedCacheManager:
         """Let go of everything in RAM; only `stats` may be called from then on."""
         with self._lock:
             self._pool.clear()
+            self._tree.clear()
 
     def check(self) -> None:
-        """Verify the pool's invariants, the budget and the checkpoints' share; for tests.
+        """Verify the pool's invariants, the budget, the checkpoints' share and the tree; for tests.
 
         Raises:
             CacheInvariantError: naming what is broken.
@@ -348,6 +368,9 @@ class PagedCacheManager:
         with self._lock:
             self._pool.check()
             self._budget.check()
+            strays = [block_hash for block_hash in self._tree.block_hashes() if self._pool.get(block_hash) is None]
+            if strays:
+                raise CacheInvariantError(f"{len(strays)} blocks are in the tree and not in the pool")
 
     def _acquire(self, block_hash: BlockHash, part: Part = ROWS) -> CacheBlock | None:
         with self._lock:
@@ -407,6 +430,7 @@ class PagedCacheManager:
             if block.ref_count > 1:
                 block = self._cow_copy_block(block)
             self._pool.register(block, full.block_hash)
+        self._tree.add(full.parent_hash or self._namespace, table.extra_keys, full.block_hash, full.token_ids)
         table.blocks[full.position] = block
         table.num_committed = full.position + 1
         return block

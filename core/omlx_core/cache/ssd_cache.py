@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from omlx_core.cache import ssd_maintenance
 from omlx_core.cache.block_file import encode_token_ids, read_block_identity, read_block_into, read_block_layout
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.block_tree import ChildBlock
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.neighbour import Neighbour, nearest_of
 from omlx_core.cache.parts import ROWS, Part
@@ -236,16 +237,38 @@ class PagedSSDCacheManager:
         # A block is there only if those before it are, damage aside; and any that is there proves what is before it.
         num_blocks = bisect.bisect_left(hashes, True, key=lambda block_hash: not self.has_block(block_hash))
         parent_hash = hashes[num_blocks - 1] if num_blocks else None
+        children = self.children(parent_hash, extra_keys, _MAX_CHILDREN)
+        return nearest_of(token_ids, num_blocks * block_size, [child.token_ids for child in children])
+
+    def children(
+        self,
+        parent_hash: BlockHash | None,
+        extra_keys: tuple[str, ...],
+        limit: int,
+        known: Container[BlockHash] = (),
+    ) -> list[ChildBlock]:
+        """The published blocks that follow one, or that begin a chain. Blocks on the disk, a read for each.
+
+        Args:
+            parent_hash: the one that they follow; None for the first of a chain.
+            extra_keys: what they must have been stored under.
+            limit: look into no more than this, those that were used last.
+            known: blocks to pass over.
+
+        Returns:
+            None of them if the folder can't be read.
+        """
         try:
             if self._index is not None:
-                children = self._index.children(self._namespace, parent_hash, _MAX_CHILDREN)
+                hashes = self._index.children(self._namespace, parent_hash, limit)
             else:
                 with read_snapshot(self._directory) as view:
-                    children = view.children(self._namespace, parent_hash, _MAX_CHILDREN)
+                    hashes = view.children(self._namespace, parent_hash, limit)
         except OSError:
-            children = []
-        followers = [self._read_tokens(child, parent_hash, extra_keys) for child in children]
-        return nearest_of(token_ids, num_blocks * block_size, [tokens for tokens in followers if tokens is not None])
+            return []
+        new = (each for each in hashes if each not in known)
+        read = ((each, self._read_tokens(each, parent_hash, extra_keys)) for each in new)
+        return [ChildBlock(block_hash, token_ids) for block_hash, token_ids in read if token_ids is not None]
 
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         """Mark blocks and all blocks before them as just used, alike. Returns at once; nothing after `close`.

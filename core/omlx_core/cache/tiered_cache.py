@@ -25,6 +25,7 @@ from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, ha
 from omlx_core.cache.payload import BlockLayout, BlockPayload, RowBuffers, layout_size_bytes
 from omlx_core.cache.pending_restore import Content, PendingRestore, RowsContent, is_lost, lost
 from omlx_core.cache.pins import Needs, PinnedPrefix, PinnedPrefixes
+from omlx_core.cache.prefix_lookup import PrefixLookup
 from omlx_core.cache.promotion import Promoter
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.errors import CacheInvariantError
@@ -90,6 +91,9 @@ class TieredCache:
         ssd: the SSD tier, if it is on.
         events: where to tell of hits and misses; the tiers tell of the rest.
         max_pinned_bytes: most bytes in RAM that pinned prefixes may take; None is no limit.
+
+    Attributes:
+        lookup: looks at what there is and holds nothing; for any thread.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class TieredCache:
         max_pinned_bytes: int | None = None,
     ) -> None:
         self._paged = paged
+        self.lookup = PrefixLookup(paged, ssd)
         self._pins = PinnedPrefixes(paged, max_pinned_bytes)
         self._ssd = ssd
         self._events = EventBus() if events is None else events

@@ -6,8 +6,9 @@ import dataclasses
 import gc
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,20 +18,23 @@ from omlx_core.mlx_backend import mx
 from omlx_core.cache.pins import PinnedPrefix
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.calls import arun, results_of, run
+from omlx_core.engine.document_reuse import DocumentReuse
 from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.prefix_cache import open_prefix_cache
 from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.preparation import RequestMaker
 from omlx_core.engine.prompt_caches import PromptCaches
+from omlx_core.engine.prompt_lookup import PromptLookup
 from omlx_core.engine.results import GenerationChunk, GenerationResult, Usage
 from omlx_core.engine.scheduler import Scheduler
 from omlx_core.engine.speculative import DraftedModel
-from omlx_core.errors import InvalidSettingError
+from omlx_core.errors import InvalidPromptError, InvalidSettingError
 from omlx_core.model.chat_messages import with_user_turn
 from omlx_core.model.fingerprint import model_arrays
 from omlx_core.model.load_progress import OnLoadProgress
 from omlx_core.model.loading import LoadedModel, load_model
 from omlx_core.settings import CacheSettings, EngineSettings
+from omlx_core.state.prompt_state import PromptStateCodec
 
 
 class Engine:
@@ -124,7 +128,7 @@ class Engine:
         settings = EngineSettings() if settings is None else settings
         scheduler = Scheduler(name, settings)
 
-        def load_and_serve() -> tuple[LoadedModel, TieredCache, bool]:
+        def load_and_serve() -> tuple[LoadedModel, TieredCache, PromptStateCodec | None, DocumentReuse]:
             loaded = load()
             prompt_caches = PromptCaches(loaded.model, loaded.name, settings, cache.block_size)
             tiers, codec = open_prefix_cache(loaded, cache, prompt_caches)
@@ -132,16 +136,27 @@ class Engine:
             end_token_ids = sorted(tokenizer.eos_token_ids) if tokenizer else []
             newline_token_ids = tokenizer.encode("\n", add_special_tokens=False) if tokenizer else []
             reuse = PrefixReuse(prompt_caches, tiers, codec, settings=settings, wake=scheduler.wake)
-            scheduler.serve(loaded.model, end_token_ids, newline_token_ids, reuse, prompt_caches)
-            return loaded, tiers, codec is not None and codec.has_checkpoints
+            documents = DocumentReuse(loaded.model, loaded.name, prompt_caches, tiers, codec)
+            scheduler.serve(
+                loaded.model, end_token_ids, newline_token_ids, reuse, prompt_caches, document_reuse=documents
+            )
+            return loaded, tiers, codec, documents
 
         try:
-            loaded, tiers, has_checkpoints = scheduler.thread.call(load_and_serve)
+            loaded, tiers, codec, documents = scheduler.thread.call(load_and_serve)
         except BaseException:
             scheduler.thread.close()
             raise
         self._scheduler = scheduler
-        self._maker = RequestMaker(loaded, settings, tiers.find_neighbour, counts_system_tokens=has_checkpoints)
+        has_checkpoints = codec is not None and codec.has_checkpoints
+        self._maker = RequestMaker(
+            loaded,
+            settings,
+            tiers.find_neighbour,
+            counts_system_tokens=has_checkpoints,
+            check_document_reuse=partial(scheduler.thread.call, documents.check),
+        )
+        self._lookup = PromptLookup(tiers.lookup, codec, self._maker.encoder.decode)
         self._cache = tiers
         self._name = loaded.name
         self._tokenizer = loaded.tokenizer
@@ -209,6 +224,56 @@ class Engine:
             InvalidRequestError: an option can't be served.
         """
         return len(self._maker.encoder.encode_unbounded(prompt, GenerationParams.from_options(options)).token_ids)
+
+    def count_cached_tokens(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Usage:
+        """How much of a prompt a request would find in the cache now; nothing is computed, read, held or kept.
+
+        Args:
+            prompt: as for `generate`.
+            **options: those of the request, as far as they change the prompt: ``tools``, ``template_args``,
+                ``cache_salt``.
+
+        Returns:
+            The prompt's tokens, and how many of them are in RAM and on SSD.
+
+        Raises:
+            InvalidRequestError: the prompt or an option can't be served.
+        """
+        params = GenerationParams.from_options(options)
+        token_ids = self._maker.encoder.encode_unbounded(prompt, params).token_ids
+        found = self._lookup.find(token_ids, params.extra_keys)
+        return Usage(len(token_ids), cached_tokens_hot=found.tokens_hot, cached_tokens_cold=found.tokens_cold)
+
+    def find_cached_order(
+        self, prompt: Prompt, texts: Sequence[str], *, any_space: bool = False, **options: Unpack[GenerationOptions]
+    ) -> list[int]:
+        """Which of a prompt's documents, in which order, continue its head furthest in the cache.
+
+        Args:
+            prompt: text or messages with all of the documents.
+            texts: of these documents, in the order in which they are in the prompt.
+            any_space: any white space may stand before a document, instead of what does in this prompt.
+            **options: as for `count_cached_tokens`.
+
+        Returns:
+            Indices of `texts`: put first in this order, they let the request reuse the longest chain of blocks
+            that is there for any order. The others are not part of it; see `PromptLookup.find_order`.
+
+        Raises:
+            InvalidRequestError: the prompt or an option can't be served, or a document isn't in the prompt.
+        """
+        params = GenerationParams.from_options(options)
+        text, token_ids = self._encode_with_text(prompt, params)
+        return self._lookup.find_order(text, token_ids, texts, params.extra_keys, any_space=any_space)
+
+    def find_starts(self, prompt: Prompt, texts: Sequence[str], **options: Unpack[GenerationOptions]) -> list[int]:
+        """The index of the token that each of a prompt's documents begins in; arguments as for `find_cached_order`.
+
+        Raises:
+            InvalidRequestError: as `find_cached_order`, or the tokenizer changes texts.
+        """
+        text, token_ids = self._encode_with_text(prompt, GenerationParams.from_options(options))
+        return self._lookup.find_starts(text, token_ids, texts)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Answer a prompt and wait for the whole answer.
@@ -343,6 +408,12 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _encode_with_text(self, prompt: Prompt, params: GenerationParams) -> tuple[str, list[int]]:
+        encoded = self._maker.encoder.encode_unbounded(prompt, params)
+        if encoded.text is None:
+            raise InvalidPromptError("documents can't be found in token ids: give text or messages")
+        return encoded.text, encoded.token_ids
 
     def _sample(
         self, prompt: Prompt, n: int, options: GenerationOptions, *, ends_with_prompt: bool = False

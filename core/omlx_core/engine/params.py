@@ -24,6 +24,9 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 ToolFormat = Literal["template", "generic"]
 """How tools are shown to the model, and their calls read: as its chat template does it, or as this project does."""
 
+DocumentReuseMode = Literal["exact", "approximate"]
+"""Whether a document's keys and values may be used behind another prefix than they were computed for."""
+
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 
@@ -67,6 +70,9 @@ class GenerationOptions(TypedDict, total=False):
     cache_salt: str | None
     store: bool
     pin: bool | Sequence[ChatMessage]
+    document_reuse: DocumentReuseMode
+    documents: Sequence[str]
+    document_recompute_tokens: int
     on_prefill: Callable[[int, int], None] | None
     progress: bool
     divergence_text: bool
@@ -108,6 +114,12 @@ class GenerationParams:
         store: keep what this request computes in the cache; what is there already is reused either way.
         pin: keep the prompt's blocks in RAM until `Engine.unpin`, within the cache's ``pin_share``; or only those of
             the messages given here, which the prompt begins with: the last of them may have less text than there.
+        document_reuse: ``"approximate"`` uses the keys and values that each of `documents` has by itself, wherever it
+            stands. Experimental: the answer is another one than the prompt's own; ``docs/rag.md`` says how far from it.
+            For models with rotary embeddings and full attention in all layers.
+        documents: the texts of the prompt's documents, in its order; only `document_reuse` asks for them. White space
+            around them doesn't count.
+        document_recompute_tokens: how many tokens of each document are computed in their place all the same.
         on_prefill: called with the number of prompt tokens that are ready and of all of them while the prompt is
             computed, on the engine's thread: it must return at once.
         progress: show the prompt's progress on standard error.
@@ -145,6 +157,9 @@ class GenerationParams:
     cache_salt: str | None = None
     store: bool = True
     pin: bool | Sequence[ChatMessage] = field(default=False, hash=False)
+    document_reuse: DocumentReuseMode = "exact"
+    documents: Sequence[str] = field(default=(), hash=False)
+    document_recompute_tokens: int = 16
     on_prefill: Callable[[int, int], None] | None = field(default=None, compare=False, repr=False)
     progress: bool = False
     divergence_text: bool = False
@@ -183,6 +198,10 @@ class GenerationParams:
             )
         if self.on_prefill is not None and not callable(self.on_prefill):
             raise InvalidParameterError(f"on_prefill={self.on_prefill!r}: give a function of two numbers, or None")
+        if self.document_reuse not in ("exact", "approximate"):
+            raise InvalidParameterError(f"document_reuse={self.document_reuse!r}: give 'exact' or 'approximate'")
+        if isinstance(self.documents, str) or not all(isinstance(text, str) for text in self.documents or ()):
+            raise InvalidParameterError(f"documents={self.documents!r}: give the texts of the prompt's documents")
         if self.tool_format not in (None, "template", "generic"):
             raise InvalidParameterError(f"tool_format={self.tool_format!r}: give 'template', 'generic' or None")
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
@@ -196,6 +215,7 @@ class GenerationParams:
             tools=_tools(self.tools),
             template_args=_template_args(self.template_args),
             pin=self.pin if isinstance(self.pin, bool) else tuple(self.pin),
+            documents=tuple(self.documents or ()),
         )
         self._check_tool_choice()
         self._check_combinations()
@@ -204,6 +224,11 @@ class GenerationParams:
     def extra_keys(self) -> tuple[str, ...]:
         """What, beside the tokens, two requests must agree on to share a block."""
         return () if self.cache_salt is None else (f"salt:{self.cache_salt}",)
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether documents may be put in place approximately."""
+        return self.document_reuse == "approximate" and bool(self.documents)
 
     @property
     def tool_names(self) -> list[str]:
@@ -238,6 +263,11 @@ class GenerationParams:
             raise InvalidParameterError(
                 f"xtc_probability={self.xtc_probability!r} with temperature=0, which draws nothing: "
                 "give a temperature of more than 0, or leave XTC out"
+            )
+        if self.is_approximate and self.pin:
+            raise InvalidParameterError(
+                "pin with document_reuse='approximate': nothing of such a prompt is kept that could be pinned: leave "
+                "one of them out"
             )
         if self.forces_tool_call and self.continue_final_message:
             raise InvalidParameterError(
@@ -292,6 +322,7 @@ _LIMITS = {
     "presence_penalty": _Limits(float, -2, 2),
     "frequency_penalty": _Limits(float, -2, 2),
     "penalty_context_tokens": _Limits(int, 1, 2**31 - 1),  # MLX's slices
+    "document_recompute_tokens": _Limits(int, 0),
     "seed": _Limits(int, 0, 2**64 - 1, accepts_none=True),
     "top_logprobs": _Limits(int, 0, MAX_TOP_LOGPROBS),
     "timeout_s": _Limits(float, 0, threading.TIMEOUT_MAX, excludes_low=True, accepts_none=True),

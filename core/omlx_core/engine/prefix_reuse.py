@@ -18,6 +18,7 @@ from omlx_core.cache.parts import CHECKPOINT, PartKey
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.tiered_cache import CapturedBlock, TieredCache
 from omlx_core.engine.prompt_caches import PromptCaches
+from omlx_core.engine.prompt_lookup import last_boundary
 from omlx_core.engine.request import Request
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache, PromptStateCodec, RowSource
@@ -78,7 +79,7 @@ class PrefixReuse:
             request.prompt_ids,
             request.params.extra_keys,
             codec.needs,
-            max_tokens=self._last_boundary(num_tokens, codec),
+            max_tokens=last_boundary(num_tokens, self._cache.block_size, codec),
             allocate=allocate,
             earlier=earlier,
         )
@@ -252,21 +253,12 @@ class PrefixReuse:
         their beginning; and at a wide stride, wider where it would take too many.
         """
         size = self._cache.block_size
-        last = self._last_boundary(len(request.prompt_ids), codec)
+        last = last_boundary(len(request.prompt_ids), size, codec)
         stride = max(self._settings.checkpoint_stride_tokens, -(-last // self._settings.max_stride_checkpoints))
         at_stride = (at // size * size for at in range(stride, last, stride))
         shared = (request.system_tokens // size * size, request.pin_tokens // size * size)
         wanted = {last, *shared, num_matched, *at_stride}
         return {at for at in wanted if request.num_computed < at <= last}
-
-    def _last_boundary(self, num_prompt_tokens: int, codec: PromptStateCodec) -> int:
-        """The last block boundary of a prompt that leaves a token to the batch, and not one more to prefill if that
-        would round otherwise than it did in the cold run: the answer would not be the same to the last bit."""
-        size, end = self._cache.block_size, num_prompt_tokens - 1
-        boundary = end // size * size
-        if end - boundary == 1 and codec.rounds_single_tokens_otherwise:
-            return max(boundary - size, 0)
-        return boundary
 
     def _account(self, request: Request, token_ids: list[int]) -> None:
         if request.table is not None:

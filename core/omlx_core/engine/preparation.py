@@ -14,13 +14,14 @@ from omlx_core.engine.divergence import RecentSequences, find_divergence
 from omlx_core.engine.output import OutputAssembler
 from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.progress import PrefillBar
-from omlx_core.engine.request import Emit, Request
+from omlx_core.engine.request import DocumentSpan, Emit, Request
 from omlx_core.engine.results import Divergence
-from omlx_core.errors import InvalidParameterError
+from omlx_core.errors import InvalidParameterError, InvalidPromptError
 from omlx_core.model.chat import RenderedChat
 from omlx_core.model.history import TokenHistory
 from omlx_core.model.loading import LoadedModel, context_length
 from omlx_core.model.prompts import EncodedPrompt, PromptEncoder
+from omlx_core.model.text_places import TokenPlaces, locate
 from omlx_core.settings import EngineSettings
 
 FindStored = Callable[[list[int], tuple[str, ...]], Neighbour | None]
@@ -34,6 +35,7 @@ class RequestMaker:
         settings: how requests are run.
         find_stored: finds the stored sequence that a prompt shares most with, given its extra keys.
         counts_system_tokens: whether it matters where a chat's system messages end.
+        check_document_reuse: refuses to put documents in place approximately, if the model doesn't allow it.
 
     Attributes:
         encoder: turns prompts into token ids.
@@ -41,7 +43,13 @@ class RequestMaker:
     """
 
     def __init__(
-        self, loaded: LoadedModel, settings: EngineSettings, find_stored: FindStored, *, counts_system_tokens: bool
+        self,
+        loaded: LoadedModel,
+        settings: EngineSettings,
+        find_stored: FindStored,
+        *,
+        counts_system_tokens: bool,
+        check_document_reuse: Callable[[], None],
     ) -> None:
         self._tokenizer = loaded.tokenizer
         self._max_batch_size = settings.max_batch_size
@@ -50,6 +58,7 @@ class RequestMaker:
         self._constraints = ConstraintCompiler(loaded.tokenizer)
         self._recent = RecentSequences()
         self._find_stored = find_stored
+        self._check_document_reuse = check_document_reuse
         self.context_length = context_length(loaded.model, loaded.config, loaded.tokenizer)
         self.encoder = PromptEncoder(
             loaded.tokenizer,
@@ -83,11 +92,12 @@ class RequestMaker:
         make_constraint = self._compile_constraint(params, encoded.chat)
         system_tokens = self.encoder.count_system_tokens(prompt, encoded, params) if self._counts_system_tokens else 0
         pin_tokens = self._count_pin_tokens(encoded, params)
+        documents = self._find_documents(encoded, params) if params.is_approximate else []
         divergence = self._find_divergence(encoded.token_ids, params)
 
         def finished(answer_ids: list[int]) -> None:
             self.encoder.remember(encoded, params, answer_ids)
-            if params.store:
+            if params.store and not documents:
                 self._recent.add([*encoded.token_ids, *answer_ids], params.extra_keys)
 
         def make(sample_params: GenerationParams, emit: Emit) -> Request:
@@ -98,6 +108,7 @@ class RequestMaker:
                 OutputAssembler(self._tokenizer, sample_params, encoded.chat),
                 system_tokens=system_tokens,
                 pin_tokens=pin_tokens,
+                documents=list(documents),
                 ends_with_prompt=ends_with_prompt,
                 on_finished=finished,
                 divergence=divergence,
@@ -149,6 +160,20 @@ class RequestMaker:
         if isinstance(params.pin, bool):
             return len(encoded.token_ids) if params.pin else 0
         return self.encoder.count_opening_tokens(params.pin, encoded, params)
+
+    def _find_documents(self, encoded: EncodedPrompt, params: GenerationParams) -> list[DocumentSpan]:
+        """The tokens of a prompt's documents; but for its last token, which is left to be computed."""
+        if encoded.text is None:
+            raise InvalidPromptError("documents can't be found in token ids: give text or messages")
+        self._check_document_reuse()
+        places = TokenPlaces(self.encoder.decode, encoded.text, encoded.token_ids)
+        end = len(encoded.token_ids) - 1
+        texts = [text.strip() for text in params.documents]  # templates trim what they are given
+        spans = (
+            places.tokens_within(place, place + len(text))
+            for place, text in zip(locate(encoded.text, texts), texts, strict=True)
+        )
+        return [DocumentSpan(start, min(stop, end)) for start, stop in spans]
 
     def _find_divergence(self, token_ids: list[int], params: GenerationParams) -> Divergence | None:
         decode = self._tokenizer.decode if params.divergence_text and self._tokenizer is not None else None

@@ -27,11 +27,20 @@ from omlx_core.state.recorder import WindowRecorder
 
 if TYPE_CHECKING:
     from omlx_core.engine.constraint_processor import ConstraintProcessor
+    from omlx_core.engine.document_reuse import Alone
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[GenerationChunk | BaseException], None]
 """Takes an answer's pieces, and in the end a chunk with the result or an exception. Called on the MLX thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentSpan:
+    """The tokens ``[start, stop)`` of a prompt that are a document."""
+
+    start: int
+    stop: int
 
 
 @dataclass(eq=False)
@@ -46,6 +55,9 @@ class Request:
         submitted_s: `time.perf_counter` at the call.
         system_tokens: how many tokens of the prompt belong to its system messages, if that is known.
         pin_tokens: how many tokens of the prompt are to stay in RAM.
+        documents: what of the prompt may be put in place approximately and isn't yet, in order; see `DocumentReuse`.
+        alone: the document that is being computed by itself.
+        approximate_tokens: prompt tokens that were put in place so.
         ends_with_prompt: there is to be no answer: it ends when its prompt is computed and stored.
         on_finished: is given the answer's tokens before the result is; on the MLX thread, so it must be quick.
         divergence: where the prompt left what the cache knows.
@@ -72,6 +84,9 @@ class Request:
     submitted_s: float = field(default_factory=time.perf_counter)
     system_tokens: int = 0
     pin_tokens: int = 0
+    documents: list[DocumentSpan] = field(default_factory=list)
+    alone: Alone | None = None
+    approximate_tokens: int = 0
     ends_with_prompt: bool = False
     on_finished: Callable[[list[int]], None] | None = None
     divergence: Divergence | None = None
@@ -168,6 +183,7 @@ class Request:
                 completion_tokens=len(self.output.token_ids),
                 cached_tokens_hot=self.cached_tokens_hot,
                 cached_tokens_cold=self.cached_tokens_cold,
+                approximate_tokens=self.approximate_tokens,
                 reasoning_tokens=self.output.reasoning_tokens,
             ),
             ttft_s=self.ttft_s or 0.0,

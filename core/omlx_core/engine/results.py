@@ -83,6 +83,8 @@ class Usage:
         cached_tokens: prompt tokens whose KV was reused instead of computed: hot and cold together.
         cached_tokens_hot: of these, how many were in RAM.
         cached_tokens_cold: of these, how many were read from the SSD tier.
+        approximate_tokens: further prompt tokens, of documents, whose KV was computed elsewhere and moved here, which
+            only ``document_reuse="approximate"`` does.
         reasoning_tokens: generated tokens of the model's reasoning, its markers included; 0 for one that doesn't think.
     """
 
@@ -91,10 +93,11 @@ class Usage:
     cached_tokens_hot: int = 0
     cached_tokens_cold: int = 0
     reasoning_tokens: int = 0
+    approximate_tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were not prefilled."""
+        """Prompt tokens whose KV was found in the cache, for just this prefix."""
         return self.cached_tokens_hot + self.cached_tokens_cold
 
     @property

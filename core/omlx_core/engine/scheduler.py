@@ -25,6 +25,7 @@ from omlx_core.mlx_backend import backend_name, mx
 from mlx_lm.generate import generation_stream
 
 from omlx_core.engine.decoding import DecodingBatches
+from omlx_core.engine.document_reuse import DocumentReuse
 from omlx_core.engine.mlx_thread import MLXThread, as_engine_error
 from omlx_core.engine.occupancy import Occupancy
 from omlx_core.engine.prefix_reuse import PrefixReuse
@@ -68,6 +69,7 @@ class Scheduler:
         self._batches: DecodingBatches | None = None
         self._reuse: PrefixReuse | None = None
         self._caches: PromptCaches | None = None
+        self._document_reuse: DocumentReuse | None = None
         self.thread = MLXThread(name, self)
 
     # From any thread.
@@ -102,6 +104,8 @@ class Scheduler:
         newline_token_ids: list[int],
         reuse: PrefixReuse,
         prompt_caches: PromptCaches,
+        *,
+        document_reuse: DocumentReuse,
     ) -> None:
         """Say what to serve; requests are taken from then on.
 
@@ -111,8 +115,10 @@ class Scheduler:
             newline_token_ids: the tokens of a line break, which XTC spares as it spares those.
             reuse: its use of the prefix cache.
             prompt_caches: makes its prompt caches.
+            document_reuse: puts documents in place in its prompts.
         """
         self._model, self._reuse, self._caches = model, reuse, prompt_caches
+        self._document_reuse = document_reuse
         self._batches = DecodingBatches(model, end_token_ids, newline_token_ids, prompt_caches, self._settings)
 
     def step(self) -> float | None:
@@ -148,7 +154,7 @@ class Scheduler:
     def close(self) -> None:
         """Let go of the model and all of its state; nothing is served any more."""
         self._drop_batches()
-        self._model = self._reuse = self._caches = self._batches = None
+        self._model = self._reuse = self._caches = self._batches = self._document_reuse = None
 
     def _drop_batches(self) -> None:
         if self._batches is not None:
@@ -175,6 +181,12 @@ class Scheduler:
         if self._caches is None:
             raise CacheInvariantError("a request came before the model")
         return self._caches
+
+    @property
+    def _documents(self) -> DocumentReuse:
+        if self._document_reuse is None:
+            raise CacheInvariantError("a request came before the model")
+        return self._document_reuse
 
     def _under_way(self) -> Iterator[Request]:
         yield from self._decoding.values()
@@ -251,6 +263,8 @@ class Scheduler:
                 is_first = request.prompt_cache is None
                 if is_first and not self._begin(request):
                     continue
+                if self._documents.advance(request, step_size):
+                    return
                 step = self._next_step(request, step_size)
                 if num_computed and num_computed + len(step) > step_size:
                     return
@@ -300,6 +314,7 @@ class Scheduler:
         if end - stop == 1:
             stop = end  # a single token takes another path through some layers, and rounds otherwise
         stop = min(self._prompt_caches.end_of_step(request.num_computed, stop), end)
+        stop = self._documents.end_of_step(request, stop)
         # A recurrent state can only be had where the computation stops.
         stop = min([stop, *(at for at in request.checkpoints_at if at > request.num_computed)])
         return request.prompt_ids[request.num_computed : stop]

@@ -97,6 +97,16 @@ class PromptEncoder:
             raise InvalidPromptError(f"prompt={prompt!r} is empty: give at least one token")
         return encoded
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; a part of a character reads as U+FFFD.
+
+        Raises:
+            InvalidPromptError: the engine has no tokenizer.
+        """
+        if self._texts is None:
+            raise InvalidPromptError("this engine has no tokenizer: its token ids have no text")
+        return self._texts.decode(token_ids)
+
     def count_system_tokens(
         self, prompt: Prompt, encoded: EncodedPrompt, params: GenerationParams | None = None
     ) -> int:

@@ -86,6 +86,12 @@ class TextEncoder:
             finished = _Finished((salt, add_special_tokens), Segment(text, token_ids), answer_ids)
             self._finished.append(finished)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; a part of a character reads as U+FFFD."""
+        ids = list(token_ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
@@ -122,12 +128,8 @@ class TextEncoder:
         content_ids = answer_ids[:-1] if has_end else answer_ids
         # Decoders trim what a text begins with: let it begin within the prompt.
         context = list(prompt_ids[-_CONTEXT_TOKENS:])
-        before, content, whole = (self._decode(context + ids) for ids in ([], content_ids, answer_ids))
+        before, content, whole = (self.decode(context + ids) for ids in ([], content_ids, answer_ids))
         if not (content.startswith(before) and whole.startswith(content)) or content.endswith(_REPLACEMENT):
             return []
         segments = [Segment(content[len(before) :], content_ids), Segment(whole[len(content) :], answer_ids[-1:])]
         return [segment for segment, is_there in zip(segments, (content_ids, has_end), strict=True) if is_there]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text

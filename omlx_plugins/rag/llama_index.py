@@ -1,0 +1,19 @@
+"""For LlamaIndex: `CacheAwareReorder`, a node postprocessor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from omlx_plugins.extras import import_with_extra
+
+if TYPE_CHECKING:
+    from omlx_plugins.rag.llama_index_reorder import CacheAwareReorder
+
+__all__ = ["CacheAwareReorder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CacheAwareReorder":
+        module = "omlx_plugins.rag.llama_index_reorder"
+        return import_with_extra(module, name, extra="llama-index", package="llama_index")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
