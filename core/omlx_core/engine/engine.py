@@ -8,7 +8,6 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -128,7 +127,7 @@ class Engine:
         settings = EngineSettings() if settings is None else settings
         scheduler = Scheduler(name, settings)
 
-        def load_and_serve() -> tuple[LoadedModel, TieredCache, PromptStateCodec | None, DocumentReuse]:
+        def load_and_serve() -> tuple[LoadedModel, TieredCache, PromptStateCodec | None]:
             loaded = load()
             prompt_caches = PromptCaches(loaded.model, loaded.name, settings, cache.block_size)
             tiers, codec = open_prefix_cache(loaded, cache, prompt_caches)
@@ -140,10 +139,10 @@ class Engine:
             scheduler.serve(
                 loaded.model, end_token_ids, newline_token_ids, reuse, prompt_caches, document_reuse=documents
             )
-            return loaded, tiers, codec, documents
+            return loaded, tiers, codec
 
         try:
-            loaded, tiers, codec, documents = scheduler.thread.call(load_and_serve)
+            loaded, tiers, codec = scheduler.thread.call(load_and_serve)
         except BaseException:
             scheduler.thread.close()
             raise
@@ -154,7 +153,7 @@ class Engine:
             settings,
             tiers.find_neighbour,
             counts_system_tokens=has_checkpoints,
-            check_document_reuse=partial(scheduler.thread.call, documents.check),
+            check_document_reuse=scheduler.check_document_reuse,
         )
         self._lookup = PromptLookup(tiers.lookup, codec, self._maker.encoder.decode)
         self._cache = tiers

@@ -95,6 +95,14 @@ class Scheduler:
         self._line_may_be_overdue = True
         self.thread.wake()
 
+    def check_document_reuse(self) -> None:
+        """See `DocumentReuse.check`; raises what that does."""
+
+        def check() -> None:
+            self._documents.check()  # on that thread: a closed engine has none any more, and says so itself
+
+        self.thread.call(check)
+
     # On the MLX thread.
 
     def serve(
