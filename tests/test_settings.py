@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "ssd_min_free": ("1GB", "1GB"),
     "ssd_write_budget": ("50GB", "50GB"),
     "ssd_read_only": ("true", True),
+    "cold_kv_bits": ("8", 8),
     "no_cache": ("true", True),
 }
 ARGUMENTS: dict[str, Any] = {
@@ -35,6 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "ssd_min_free": "10%",
     "ssd_write_budget": 10**10,
     "ssd_read_only": False,
+    "cold_kv_bits": None,
     "no_cache": False,
 }
 

@@ -72,6 +72,8 @@ class CacheSettings(_Settings):
         ssd_write_budget: most bytes written to that folder in 24 hours, over all processes: bytes, ``"50GB"`` or a
             percentage of the volume. None means no limit.
         ssd_read_only: serve what is in that folder and never write to it.
+        cold_kv_bits: 8 keeps keys and values on SSD in eight bits, half or a quarter of the bytes. Inexact: what is
+            restored from there isn't what was computed. Never shared with exact blocks. None keeps them as they are.
         no_cache: turn both tiers off.
 
     Raises:
@@ -88,6 +90,7 @@ class CacheSettings(_Settings):
     ssd_min_free: StrictInt | str | None = None
     ssd_write_budget: StrictInt | str | None = None
     ssd_read_only: bool = False
+    cold_kv_bits: Annotated[Literal[8] | None, _FromEnvironment] = None
     no_cache: bool = False
 
     if not TYPE_CHECKING:

@@ -29,6 +29,7 @@ from omlx_core.cache.events import EventBus
 from omlx_core.cache.neighbour import Neighbour, nearest_of
 from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockLayout, BlockPayload, InPlace, LoadedRows, RowBuffers
+from omlx_core.cache.quantized_payload import dequantize
 from omlx_core.cache.ssd_budget import DiskBudget, DiskLimits
 from omlx_core.cache.ssd_check import CheckReport
 from omlx_core.cache.ssd_export import ImportReport, export_blocks, find_chain, import_blocks
@@ -59,6 +60,8 @@ class PagedSSDCacheManager:
         min_free_bytes: while less than this would be free on the volume, nothing is written.
         write_budget_bytes: most bytes written to the folder in 24 hours, by all processes; None is no limit.
         checkpoint_share: the largest part of `max_size_bytes` that checkpoints may take, in (0, 1].
+        quantizes: keep rows in eight bits, which halves them and is inexact: only for a namespace whose description
+            says so. What still waits to be written is served as it is.
         read_only: serve blocks and never write anything, so that the folder may be on a medium that can't be written,
             or missing. Blocks are then found by their files, those of other processes that write included.
         events: where to tell of blocks written, evicted and found corrupt.
@@ -78,6 +81,7 @@ class PagedSSDCacheManager:
         min_free_bytes: int = 0,
         write_budget_bytes: int | None = None,
         checkpoint_share: float = 1.0,
+        quantizes: bool = False,
         read_only: bool = False,
         events: EventBus | None = None,
     ) -> None:
@@ -86,6 +90,7 @@ class PagedSSDCacheManager:
         self._namespace = namespace
         self._description = description
         self._stats = StatsKeeper(events)
+        self._quantizes = quantizes
         self._index: SSDIndex | None = None
         self._writer: BlockWriter | None = None
         if read_only:
@@ -96,7 +101,7 @@ class PagedSSDCacheManager:
         self._index = SSDIndex(directory)
         self._budget = DiskBudget(directory, self._index, self._limits, self._stats)
         publisher = BlockPublisher(directory, namespace, description, self._index, self._budget)
-        self._writer = BlockWriter(publisher, self._limits, self._stats, max_queued_bytes)
+        self._writer = BlockWriter(publisher, self._limits, self._stats, max_queued_bytes, quantizes=quantizes)
         self._unreadable = self._writer.unreadable
 
     def has_block(self, block_hash: BlockHash) -> bool:
@@ -160,6 +165,8 @@ class PagedSSDCacheManager:
     ) -> LoadedRows | None:
         """As `load_block`, but the content goes to its place in `buffers`, unless it is in RAM or has no place there.
 
+        Rows in eight bits have none.
+
         Args:
             block_hash: the block's name.
             token_ids: its tokens.
@@ -169,7 +176,12 @@ class PagedSSDCacheManager:
         return self._load(block_hash, token_ids, partial(buffers.segments, position))
 
     def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
-        """What the tensors of a block are: one short read of the disk at the most. None if that can't be said now."""
+        """What the tensors of a block are, as they are in its file: one short read of the disk at the most.
+
+        None if that can't be said now, or if that isn't what `load_block` returns.
+        """
+        if self._quantizes:
+            return None
         queued = None if self._writer is None else self._writer.queued.get(block_hash)
         if queued is not None:
             return queued.payload.layout
@@ -218,7 +230,7 @@ class PagedSSDCacheManager:
             self._stats.count(blocks_read=1, bytes_read=content)
             return InPlace.IN_PLACE
         self._stats.count(blocks_read=1, bytes_read=content.size_bytes)
-        return content
+        return dequantize(content) if self._quantizes else content
 
     def find_neighbour(
         self, token_ids: Sequence[int], block_size: int, extra_keys: tuple[str, ...] = ()

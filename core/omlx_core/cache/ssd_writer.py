@@ -18,6 +18,7 @@ from functools import partial
 from omlx_core.cache.block_hash import BlockHash
 from omlx_core.cache.parts import CHECKPOINT, Part
 from omlx_core.cache.payload import BlockPayload
+from omlx_core.cache.quantized_payload import quantize
 from omlx_core.cache.ssd_budget import DiskLimits, SaveOutcome
 from omlx_core.cache.ssd_publisher import BlockPublisher, FileVersion, NewBlock, SaveResult
 from omlx_core.cache.ssd_stats import StatsKeeper
@@ -54,6 +55,7 @@ class BlockWriter:
         limits: what the folder may take, for messages.
         stats: where to count.
         max_queued_bytes: most payload bytes that wait to be written; a single larger block may wait alone.
+        quantizes: write all parts but checkpoints in eight bits.
 
     Attributes:
         queued: what waits to be written. Read without a lock.
@@ -66,11 +68,14 @@ class BlockWriter:
         limits: DiskLimits,
         stats: StatsKeeper,
         max_queued_bytes: int,
+        *,
+        quantizes: bool = False,
     ) -> None:
         self._publisher = publisher
         self._limits = limits
         self._stats = stats
         self._max_queued_bytes = max_queued_bytes
+        self._quantizes = quantizes
         self._lock = threading.Lock()  # of the fields below; never held during I/O
         self._has_tasks = threading.Condition(self._lock)
         self.queued: dict[BlockHash, SaveRequest] = {}
@@ -218,7 +223,7 @@ class BlockWriter:
                     request.block_hash,
                     request.parent_hash,
                     request.token_ids,
-                    request.payload,
+                    quantize(request.payload) if self._quantizes and request.part != CHECKPOINT else request.payload,
                     request.part,
                     replaces_file=request.block_hash in self.unreadable,
                 )

@@ -15,6 +15,7 @@ from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.tiered_cache import TieredCache
 from omlx_core.engine.prompt_caches import PromptCaches
+from omlx_core.errors import InvalidSettingError
 from omlx_core.model.fingerprint import describe_namespace
 from omlx_core.model.loading import LoadedModel, architecture_of
 from omlx_core.settings import CacheSettings
@@ -50,7 +51,14 @@ def open_prefix_cache(
 
     Raises:
         CacheDirectoryError: the SSD tier's folder can't be used.
+        InvalidSettingError: `cold_kv_bits` with keys and values that are quantized already.
     """
+    is_cold_quantized = settings.cold_kv_bits is not None and settings.paged_ssd_cache_dir is not None
+    if is_cold_quantized and prompt_caches.quantization is not None:
+        raise InvalidSettingError(
+            f"cold_kv_bits={settings.cold_kv_bits} with kv_bits={prompt_caches.quantization.bits}: keys and values "
+            "would be quantized twice: leave one of them out"
+        )
     codec = None
     architecture = architecture_of(getattr(loaded.model, "target", loaded.model))  # behind a draft, if there is one
     if architecture in _CUT_DEPENDENT:
@@ -75,6 +83,8 @@ def open_prefix_cache(
         block_size=settings.block_size,
         layer_layout=codec.layout if codec else [],
     )
+    if is_cold_quantized:
+        description = {**description, "cold_kv_bits": settings.cold_kv_bits}
     namespace = hash_namespace(description)
     events = EventBus(namespace)
     ssd = None
@@ -88,6 +98,7 @@ def open_prefix_cache(
             min_free_bytes=location.min_free_bytes,
             write_budget_bytes=location.write_budget_bytes,
             checkpoint_share=settings.checkpoint_share,
+            quantizes=is_cold_quantized,
             read_only=location.read_only,
             events=events,
         )
