@@ -32,6 +32,7 @@ TITLES = {
     "growth": "Growth",
     "cold_tier": "The SSD tier",
     "writer_busy": "Decoding while the SSD tier writes",
+    "cold_bits": "Eight bits on SSD",
 }
 INTRODUCTION = """# Performance
 

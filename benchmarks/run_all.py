@@ -16,18 +16,31 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BENCHMARKS = ("whole_requests", "cache_ops", "overhead", "batching", "growth", "cold_tier", "writer_busy")
+_ON_THE_SHAPE = ("--only", "hit", "restore", "store", "--runs", "5")
+BENCHMARKS: dict[str, tuple[str, ...]] = {  # the name of a result begins with its script's
+    "whole_requests": (),
+    "cache_ops": (),
+    "cache_ops-long": ("--shape", "long", *_ON_THE_SHAPE),
+    "cache_ops-qwen3-8b": ("--shape", "qwen3-8b", *_ON_THE_SHAPE),
+    "overhead": (),
+    "batching": (),
+    "growth": (),
+    "cold_tier": (),
+    "writer_busy": (),
+    "cold_bits": (),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=BENCHMARKS)
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS))
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     failed = []
     for name in args.only:
         print(f"== {name}", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=False, stdout=subprocess.PIPE)
+        script = HERE / f"{name.partition('-')[0]}.py"
+        done = subprocess.run([sys.executable, str(script), *BENCHMARKS[name]], check=False, stdout=subprocess.PIPE)
         if done.returncode:
             failed.append(name)
         else:  # only now: a benchmark that fails leaves the last result alone
