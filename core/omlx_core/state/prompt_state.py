@@ -219,25 +219,19 @@ class PromptStateCodec:
     ) -> tuple[dict[str, Any], Sequence[LoadedRows]]:
         """The full-attention leaves, and the rows to be kept in RAM."""
         capacity = max(capacity, num_tokens + 1)
-        if self._on_device:
-            return self._join_rows([_payload(*item, content.buffers) for item in enumerate(content.rows)], capacity)
         arrays = content.buffers if content.in_place else None
-        if arrays is None and content.rows:
+        if arrays is None and content.rows and not self._on_device:
             arrays = self.allocate(_payload(0, content.rows[0]).layout, (), capacity)
-        if not isinstance(arrays, RowArrays):
-            return self._join_rows([_payload(*item) for item in enumerate(content.rows)], capacity)
-        payloads = {position: rows for position, rows in enumerate(content.rows) if isinstance(rows, BlockPayload)}
-        arrays.fill(payloads, num_tokens)
-        return self._adopt(arrays.take(), num_tokens), content.rows
-
-    def _join_rows(self, rows: Sequence[BlockPayload], capacity: int) -> tuple[dict[str, Any], Sequence[BlockPayload]]:
-        num_tokens = len(rows) * self._block_size
-        if self._on_device and self._adopting and rows:
-            arrays = join_packed(rows, self._room(capacity))
-            if arrays is not None:
-                return self._adopt(arrays, num_tokens), rows
-        rows = with_arrays(rows, on_device=self._on_device)
-        return self._join(self._rows, dict(enumerate(rows)), num_tokens, capacity), rows
+        if isinstance(arrays, RowArrays):
+            payloads = {position: rows for position, rows in enumerate(content.rows) if isinstance(rows, BlockPayload)}
+            arrays.fill(payloads, num_tokens)
+            return self._adopt(arrays.take(), num_tokens), content.rows
+        blocks = [_payload(position, rows, arrays) for position, rows in enumerate(content.rows)]
+        joined = join_packed(blocks, self._room(capacity)) if self._adopting and blocks else None
+        if joined is not None:
+            return self._adopt(joined, num_tokens), blocks
+        blocks = with_arrays(blocks, on_device=self._on_device)
+        return self._join(self._rows, dict(enumerate(blocks)), num_tokens, capacity), blocks
 
     def _adopt(self, arrays: Arrays, num_tokens: int) -> dict[str, Any]:
         """Leaves of arrays that are theirs from now on."""
