@@ -177,12 +177,13 @@ def vocab_size(model: Any) -> int:
     return int(model.args.vocab_size)
 
 
-def build(shape: str, *, layers: int | None = None, seed: int = 0) -> Any:
+def build(shape: str, *, layers: int | None = None, vocab_size: int | None = None, seed: int = 0) -> Any:
     """A model of a shape, or the real SmolLM2; the same weights in every process.
 
     Args:
         shape: a key of `SHAPES`, `LINEAR`, or `SAMPLE_MODEL`.
         layers: fewer or more of them than the shape has.
+        vocab_size: another one than the shape has.
         seed: of the weights.
     """
     if shape == SAMPLE_MODEL:
@@ -197,6 +198,8 @@ def build(shape: str, *, layers: int | None = None, seed: int = 0) -> Any:
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers
+    if vocab_size is not None:
+        config["vocab_size"] = vocab_size
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     _randomize(model, mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32, seed)

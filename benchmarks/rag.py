@@ -38,13 +38,13 @@ from omlx_core.mlx_backend import mx
 import numpy as np
 from harness import Figure, print_report, print_table
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.llama import Model, ModelArgs
+from models import build
 from tqdm import tqdm
 
 from omlx_core import CacheSettings, Engine, Usage
 from omlx_core.model.loading import load_model
 from omlx_core.model.sample_model import ensure_sample_model
-from omlx_core.model.text_places import TokenPlaces, locate
+from omlx_core.model.text_places import TokenPlaces
 from omlx_core.state.rotation import find_rotations, rotate
 from omlx_plugins.bench.plot import bar_chart
 from omlx_plugins.demo.corpus import Bm25Index, Section, load_sections
@@ -135,28 +135,10 @@ def questions(documents: Sequence[Section], count: int, draw: random.Random) -> 
     return found
 
 
-def counting_model(vocab_size: int) -> Any:
-    """One layer, the smallest that there is: it has to read tokens, and nothing else."""
-    args = ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=1,
-        intermediate_size=32,
-        num_attention_heads=1,
-        rms_norm_eps=1e-5,
-        vocab_size=vocab_size,
-        max_position_embeddings=8192,
-    )
-    return Model(args)
-
-
 def spans_of(engine: Engine, token_ids: Sequence[int], texts: Sequence[str]) -> list[tuple[int, int]]:
     """The tokens of a prompt that are its documents."""
-    text = engine.tokenizer.decode(token_ids)
-    places = TokenPlaces(engine.tokenizer.decode, text, token_ids)
-    return [
-        places.tokens_within(start, start + len(each)) for start, each in zip(locate(text, texts), texts, strict=True)
-    ]
+    decode = engine.tokenizer.decode
+    return TokenPlaces(decode, decode(token_ids), token_ids).spans(texts)
 
 
 def count_reuse(
@@ -481,8 +463,7 @@ def main() -> None:
     found = questions(documents, args.questions, draw)
     loaded = load_model(ensure_sample_model())
     cache = CacheSettings(block_size=args.block_size)
-    small = counting_model(loaded.config["vocab_size"])
-    mx.eval(small.parameters())
+    small = build("minimal", vocab_size=loaded.config["vocab_size"])  # it has to read tokens, and nothing else
     with Engine(small, loaded.tokenizer, cache=cache) as engine:
         ways, asked = count_reuse(engine, Bm25Index(documents), found, args.retrieved)
     numbers = sorted({int(n) for n in np.linspace(0, args.questions - 1, min(args.timed, args.questions))})

@@ -27,7 +27,7 @@ from omlx_core.engine.prompt_lookup import PromptLookup
 from omlx_core.engine.results import GenerationChunk, GenerationResult, Usage
 from omlx_core.engine.scheduler import Scheduler
 from omlx_core.engine.speculative import DraftedModel
-from omlx_core.errors import InvalidPromptError, InvalidSettingError
+from omlx_core.errors import InvalidSettingError
 from omlx_core.model.chat_messages import with_user_turn
 from omlx_core.model.fingerprint import model_arrays
 from omlx_core.model.load_progress import OnLoadProgress
@@ -410,9 +410,7 @@ class Engine:
 
     def _encode_with_text(self, prompt: Prompt, params: GenerationParams) -> tuple[str, list[int]]:
         encoded = self._maker.encoder.encode_unbounded(prompt, params)
-        if encoded.text is None:
-            raise InvalidPromptError("documents can't be found in token ids: give text or messages")
-        return encoded.text, encoded.token_ids
+        return encoded.text_with_documents, encoded.token_ids
 
     def _sample(
         self, prompt: Prompt, n: int, options: GenerationOptions, *, ends_with_prompt: bool = False

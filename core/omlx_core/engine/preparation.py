@@ -16,12 +16,12 @@ from omlx_core.engine.params import GenerationOptions, GenerationParams, Prompt
 from omlx_core.engine.progress import PrefillBar
 from omlx_core.engine.request import DocumentSpan, Emit, Request
 from omlx_core.engine.results import Divergence
-from omlx_core.errors import InvalidParameterError, InvalidPromptError
+from omlx_core.errors import InvalidParameterError
 from omlx_core.model.chat import RenderedChat
 from omlx_core.model.history import TokenHistory
 from omlx_core.model.loading import LoadedModel, context_length
 from omlx_core.model.prompts import EncodedPrompt, PromptEncoder
-from omlx_core.model.text_places import TokenPlaces, locate
+from omlx_core.model.text_places import TokenPlaces
 from omlx_core.settings import EngineSettings
 
 FindStored = Callable[[list[int], tuple[str, ...]], Neighbour | None]
@@ -163,16 +163,11 @@ class RequestMaker:
 
     def _find_documents(self, encoded: EncodedPrompt, params: GenerationParams) -> list[DocumentSpan]:
         """The tokens of a prompt's documents; but for its last token, which is left to be computed."""
-        if encoded.text is None:
-            raise InvalidPromptError("documents can't be found in token ids: give text or messages")
+        text = encoded.text_with_documents
         self._check_document_reuse()
-        places = TokenPlaces(self.encoder.decode, encoded.text, encoded.token_ids)
+        places = TokenPlaces(self.encoder.decode, text, encoded.token_ids)
         end = len(encoded.token_ids) - 1
-        texts = [text.strip() for text in params.documents]  # templates trim what they are given
-        spans = (
-            places.tokens_within(place, place + len(text))
-            for place, text in zip(locate(encoded.text, texts), texts, strict=True)
-        )
+        spans = places.spans([document.strip() for document in params.documents])  # templates trim what they are given
         return [DocumentSpan(start, min(stop, end)) for start, stop in spans]
 
     def _find_divergence(self, token_ids: list[int], params: GenerationParams) -> Divergence | None:

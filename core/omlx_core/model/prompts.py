@@ -29,6 +29,17 @@ class EncodedPrompt:
     text: str | None = None
     chat: RenderedChat | None = None
 
+    @property
+    def text_with_documents(self) -> str:
+        """The text, for documents to be found in.
+
+        Raises:
+            InvalidPromptError: token ids were given.
+        """
+        if self.text is None:
+            raise InvalidPromptError("documents can't be found in token ids: give text or messages")
+        return self.text
+
 
 class PromptEncoder:
     """Turns prompts into token ids. Thread-safe.

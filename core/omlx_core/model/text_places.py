@@ -50,6 +50,7 @@ class TokenPlaces:
         full = decode(token_ids)
         if not full.endswith(text):
             raise InvalidPromptError("this model's tokenizer changes texts, so no place in them can be told")
+        self._text = text
         self._offset = len(full) - len(text)  # what the tokenizer puts before a text
         self._decode = decode
         self._token_ids = token_ids
@@ -58,6 +59,17 @@ class TokenPlaces:
     def token_at(self, place: int) -> int:
         """The index of the token that the character at a place belongs to."""
         return bisect.bisect_right(self._counts, self._offset + place, key=self._num_chars) - 1
+
+    def spans(self, documents: Sequence[str]) -> list[tuple[int, int]]:
+        """The tokens ``[start, stop)`` that are, as a whole, within each of the documents that the text has.
+
+        Raises:
+            InvalidPromptError: as `locate`.
+        """
+        starts = locate(self._text, documents)
+        return [
+            self.tokens_within(start, start + len(document)) for start, document in zip(starts, documents, strict=True)
+        ]
 
     def tokens_within(self, start: int, stop: int) -> tuple[int, int]:
         """The tokens that stand between two places as a whole; as many as none where there are none."""
