@@ -90,6 +90,8 @@ class FakeColdTier:
             segment[:], data = data[: len(segment)], data[len(segment) :]
         return InPlace.IN_PLACE
 
+    reads_in_place = True
+
     def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
         return self.blocks[block_hash][1].layout
 

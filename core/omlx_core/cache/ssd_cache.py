@@ -104,6 +104,11 @@ class PagedSSDCacheManager:
         self._writer = BlockWriter(publisher, self._limits, self._stats, max_queued_bytes, quantizes=quantizes)
         self._unreadable = self._writer.unreadable
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether files hold rows as they are used, so that `load_rows` can put them in their place."""
+        return not self._quantizes
+
     def has_block(self, block_hash: BlockHash) -> bool:
         """Whether `load_block` should find the block: published, by whichever process, or queued by this one."""
         # Read without the lock: a stale answer is only a miss, or a look-up that ends in one.
@@ -176,12 +181,7 @@ class PagedSSDCacheManager:
         return self._load(block_hash, token_ids, partial(buffers.segments, position))
 
     def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
-        """What the tensors of a block are, as they are in its file: one short read of the disk at the most.
-
-        None if that can't be said now, or if that isn't what `load_block` returns.
-        """
-        if self._quantizes:
-            return None
+        """What the tensors of a block are: one short read of the disk at the most. None if that can't be said now."""
         queued = None if self._writer is None else self._writer.queued.get(block_hash)
         if queued is not None:
             return queued.payload.layout

@@ -397,9 +397,14 @@ class TieredCache:
         return self._readers.submit(self._ssd.load_block, block.block_hash, ())
 
     def _find_layout(self, table: BlockTable) -> BlockLayout | None:
-        """The layout of a table's blocks, by its first one. All blocks of a model have one layout, as a rule."""
+        """The layout of a table's blocks, by its first one; None if none is read to its place.
+
+        All blocks of a model have one layout, as a rule.
+        """
+        if self._ssd is None or not self._ssd.reads_in_place:
+            return None
         first = table.blocks[0]
-        if self._layout is None and first.payload is None and first.block_hash is not None and self._ssd is not None:
+        if self._layout is None and first.payload is None and first.block_hash is not None:
             return self._ssd.read_layout(first.block_hash)  # not kept: only a whole file is verified
         return self._layout if first.payload is None else first.payload.layout
 
