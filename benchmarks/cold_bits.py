@@ -68,7 +68,9 @@ def score(model: Any, prompt_cache: Any, token_ids: Sequence[int]) -> tuple[np.n
 
 
 def continued(model: Any, prompt_cache: Any, token_id: int, num_tokens: int) -> list[int]:
-    return [int(token) for token, _ in generate_step(mx.array([token_id]), model, max_tokens=num_tokens, prompt_cache=prompt_cache)]  # fmt: skip # noqa: E501
+    """What is said after a context and one token more, the likeliest token each time."""
+    tokens = generate_step(mx.array([token_id]), model, max_tokens=num_tokens, prompt_cache=prompt_cache)
+    return [int(token) for token, _ in tokens]
 
 
 def main() -> None:
