@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from llama_index_leftovers import llama_index_leaves_nothing  # noqa: F401 - a fixture
 
 from integration_tests.architectures.page import PageWriter
 from omlx_core.engine.shared import close_shared_engines
@@ -42,15 +41,6 @@ def shared_engines():
     """Closes what the adapters have loaded."""
     yield
     close_shared_engines()
-
-
-@pytest.fixture
-def llama_index_leaves_nothing() -> Iterator[None]:
-    """Collects the event loops that LlamaIndex leaves open, before another test is warned of them."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ FACTS = [
     "Cairo lies on the Nile.\n\nThe pyramids stand at its edge; they are older than all of the others.",
 ]
 
-pytestmark = pytest.mark.usefixtures("shared_engines")
+pytestmark = pytest.mark.usefixtures("shared_engines", "llama_index_leaves_nothing")
 
 
 def ask(llm, documents, question):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from llama_index_leftovers import llama_index_leaves_nothing  # noqa: F401 - a fixture
 
 # A merge must not depend on luck; at a desk, new examples are tried each time.
 settings.register_profile("ci", derandomize=True)

@@ -18,6 +18,8 @@ from omlx_core.errors import InvalidParameterError
 from omlx_plugins.llama_index import OMLX
 from omlx_plugins.rag.llama_index import CacheAwareReorder
 
+pytestmark = pytest.mark.usefixtures("llama_index_leaves_nothing")
+
 TEMPLATE = PromptTemplate("Answer from these.\n\n{context_str}\n\n{query_str}")
 
 
