@@ -217,12 +217,12 @@ def test_prefix_that_cannot_be_restored_is_computed(engine, monkeypatch, caplog)
 
 
 def test_failing_batch_fails_its_requests_and_the_engine_goes_on(engine, monkeypatch):
-    generator = engine._scheduler.thread.call(engine._scheduler._answers._batch)
+    batch = engine._scheduler.thread.call(engine._scheduler._answers._sequential)
 
     def fail():
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(generator, "next", fail)
+    monkeypatch.setattr(batch, "next", fail)
     with pytest.raises(EngineError, match="out of memory"):
         engine.generate(tokens(20), max_tokens=1)
     assert len(engine.generate(tokens(20), max_tokens=3).token_ids) == 3

@@ -182,4 +182,4 @@ def test_a_prompt_gets_its_room_with_the_first_step_and_never_moves_again(monkey
 
         monkeypatch.setattr(engine._scheduler, "_compute", compute_and_look)
         engine.generate(list(range(1, 501)), max_tokens=1)
-    assert capacities == [{500}] * 8
+    assert capacities == [{501}] * 8

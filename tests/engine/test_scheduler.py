@@ -201,8 +201,8 @@ class Steps:
 
     def __init__(self, engine, monkeypatch):
         self.sizes = []
-        step = engine._scheduler._answers.step
-        monkeypatch.setattr(engine._scheduler._answers, "step", lambda ids: self.sizes.append(len(ids)) or step(ids))
+        answers, step = engine._scheduler._answers, engine._scheduler._answers.step
+        monkeypatch.setattr(answers, "step", lambda: self.sizes.append(len(answers._places)) or step())
 
 
 def generate_together(engine, prompts, max_tokens):
@@ -216,7 +216,8 @@ def generate_together(engine, prompts, max_tokens):
 
 
 @pytest.mark.parametrize(
-    ("step_size", "expected"), [(500, [4, 4, 4, 4]), (80, [2, 4, 4, 4, 2]), (50, [1, 2, 3, 4, 3, 2, 1])]
+    ("step_size", "expected"),
+    [(500, [4, 4, 4, 4]), (80, [2, 4, 4, 4, 2]), (50, [1, 2, 3, 3, 3, 2, 1])],  # the batch's first step gives no token
 )
 def test_short_prompts_share_a_prefill_step_and_join_together(model, monkeypatch, step_size, expected):
     prompts = [tokens(41, seed=i) for i in range(4)]
@@ -485,7 +486,7 @@ def test_engine_in_a_forked_process_says_so(engine):
 
 
 def test_failing_batch_leaves_those_in_line_alone(engine, monkeypatch):
-    generator = engine._scheduler.thread.call(engine._scheduler._answers._batch)
+    batch = engine._scheduler.thread.call(engine._scheduler._answers._sequential)
     stream = engine.stream(tokens(40), max_tokens=3000)
     next(stream)
     with ThreadPoolExecutor(1) as caller:
@@ -497,7 +498,7 @@ def test_failing_batch_leaves_those_in_line_alone(engine, monkeypatch):
             def fail():
                 raise RuntimeError("out of memory")
 
-            monkeypatch.setattr(generator, "next", fail)
+            monkeypatch.setattr(batch, "next", fail)
             engine._scheduler._settings = EngineSettings(max_batch_size=1)  # so that it waits
         with pytest.raises(EngineError, match="out of memory"):
             list(stream)

@@ -59,12 +59,12 @@ def test_answer_is_stored_and_reused(engine):
 def test_end_token_and_stop_text_end_it(model, engine):
     whole = engine.generate(tokens(50), max_tokens=30)
     engine._scheduler.thread.call(lambda: engine._scheduler._answers._end_token_ids.append(whole.token_ids[5]))
-    engine._scheduler._answers._sequential_batch = None
+    engine._scheduler._answers.close()
     ended = engine.generate(tokens(50), max_tokens=30)
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]
     assert ended.finish_reason == "stop"
     engine._scheduler._answers._end_token_ids.clear()
-    engine._scheduler._answers._sequential_batch = None
+    engine._scheduler._answers.close()
     stop = whole.text[3:5]
     stopped = engine.generate(tokens(50), max_tokens=30, stop=stop)
     assert stopped.text == whole.text[: whole.text.index(stop)]

@@ -1,12 +1,12 @@
-"""The answers being decoded: mlx-lm's continuous batch, and beside it the sequences that it can't take.
+"""The answers being decoded: mlx-lm's continuous batch, and beside it what it can't take and what would be alone in it.
 
-Ids of the batch are 0 and up, those of the others negative: what an id belongs to can be seen from it.
+An answer that is alone moves to the batch when a second one comes, and stays there to its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+import itertools
+from typing import Any, TypeAlias
 
 import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 
@@ -19,6 +19,11 @@ from omlx_core.engine.sequential_batch import Response, SequentialBatch, needs_s
 from omlx_core.engine.speculative import DraftedModel, SpeculativeBatch
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache
+
+Batch: TypeAlias = BatchGenerator | SequentialBatch
+
+_Place = tuple[Batch, int]
+"""Where an answer is decoded, and its id there."""
 
 
 class DecodingBatches:
@@ -47,6 +52,10 @@ class DecodingBatches:
         self._settings = settings
         self._generator: BatchGenerator | None = None
         self._sequential_batch: SequentialBatch | None = None
+        self._new_ids = itertools.count()
+        self._places: dict[int, _Place] = {}
+        self._lone: int | None = None  # the answer that the batch could take, decoded without it
+        self._drawn: list[Response] = []  # the token that such an answer had been given when it moved
 
     def add(self, request: Request) -> list[int]:
         """Begin to decode a request and its further samples, each on a fork of its prompt cache.
@@ -63,9 +72,12 @@ class DecodingBatches:
             or self._prompt_caches.quantization is not None
             or needs_sequential_decoding(self._model, prompt_cache, len(request.prompt_ids))
         )
-        batch = self._sequential() if is_sequential else self._batch()
+        is_lone = not is_sequential and len(samples) == 1 and self._lone is None and not self._is_used(self._generator)
+        if not is_sequential and not is_lone:
+            self._move_lone()
+        batch = self._sequential() if is_sequential or is_lone else self._batch()
         processors = [_make_processors(sample) for sample in samples]
-        uids: list[int] = batch.insert_segments(
+        inner_ids = batch.insert_segments(
             [[request.prompt_ids[-1:]] for _ in samples],
             max_tokens=[sample.params.max_tokens for sample in samples],
             caches=[prompt_cache, *(fork_prompt_cache(prompt_cache) for _ in samples[1:])],
@@ -73,36 +85,81 @@ class DecodingBatches:
             samplers=[make_sampler(sample.params, self._spared_token_ids) for sample in samples],
             logits_processors=processors,
         )
-        return uids
+        ids = [next(self._new_ids) for _ in inner_ids]
+        self._places.update({id_: (batch, inner_id) for id_, inner_id in zip(ids, inner_ids, strict=True)})
+        if is_lone:
+            self._lone = ids[0]
+        return ids
 
-    def step(self, uids: Collection[int]) -> list[Response]:
-        """One token of each answer.
-
-        Args:
-            uids: all ids that are being decoded.
-        """
-        # Each is asked for its share only: an empty step costs time too.
-        has_batched, has_sequential = any(uid >= 0 for uid in uids), any(uid < 0 for uid in uids)
-        return [
-            *(self._batch().next()[1] if has_batched else ()),
-            *(self._sequential().next()[1] if has_sequential else ()),
-        ]
+    def step(self) -> list[Response]:
+        """One token of each answer."""
+        outer_ids = {place: id_ for id_, place in self._places.items()}
+        responses, self._drawn = self._drawn, []
+        for batch in dict.fromkeys(
+            batch for batch, _ in self._places.values()
+        ):  # the others would take time for nothing
+            for response in batch.next()[1]:
+                response.uid = outer_ids[batch, response.uid]
+                responses.append(response)
+        for response in responses:
+            if response.finish_reason is not None:
+                self._forget(response.uid)
+        return responses
 
     def extract(self, uid: int) -> PromptCache:
         """A copy of an answer's prompt cache as it is now; costs time."""
-        prompt_cache, _ = self._batch_of(uid).extract_cache([uid])[uid]
+        batch, inner_id = self._places[uid]
+        prompt_cache, _ = batch.extract_cache([inner_id])[inner_id]
         return prompt_cache
 
     def remove(self, uid: int) -> PromptCache:
         """Decode an answer no further, and take out its prompt cache."""
-        prompt_cache, _ = self._batch_of(uid).remove([uid], return_prompt_caches=True)[uid]
+        batch, inner_id = self._places[uid]
+        self._forget(uid)
+        prompt_cache, _ = batch.remove([inner_id], return_prompt_caches=True)[inner_id]
         return prompt_cache
 
     def close(self) -> None:
         """Drop all answers; the next one begins anew."""
         if self._generator is not None:
             self._generator.close()
-        self._generator = self._sequential_batch = None
+        self._generator = self._sequential_batch = self._lone = None
+        self._places.clear()
+        self._drawn.clear()
+
+    def _move_lone(self) -> None:
+        """Have the answer that is alone go on in the batch, unless it has only its last token to give."""
+        if self._lone is None:
+            return
+        id_, self._lone = self._lone, None
+        batch, lone_id = self._places[id_]
+        sequence = batch.unfinished(lone_id)
+        if sequence is None:
+            return
+        num_left = sequence.max_tokens - sequence.num_generated
+        if sequence.next_logprobs is not None:  # drawn already: the batch begins with the one after it
+            token = int(sequence.next_token.item())
+            self._drawn.append(Response(id_, token, sequence.next_logprobs, None, None, None))
+            num_left -= 1
+        [inner_id] = self._batch().insert_segments(
+            [[sequence.next_token.tolist()]],
+            max_tokens=[num_left],
+            caches=[sequence.prompt_cache],
+            all_tokens=[sequence.token_ids],
+            samplers=[sequence.sampler],
+            logits_processors=[sequence.processors],
+        )
+        batch.remove([lone_id])
+        self._places[id_] = self._batch(), inner_id
+
+    def _forget(self, uid: int) -> None:
+        del self._places[uid]
+        if self._lone == uid:
+            self._lone = None
+        self._drawn = [response for response in self._drawn if response.uid != uid]
+
+    def _is_used(self, batch: Batch | None) -> bool:
+        return any(place[0] is batch for place in self._places.values())
 
     def _batch(self) -> BatchGenerator:
         if self._generator is None:
@@ -124,9 +181,6 @@ class DecodingBatches:
             else:
                 self._sequential_batch = SequentialBatch(self._model, self._end_token_ids, prepare_step)
         return self._sequential_batch
-
-    def _batch_of(self, uid: int) -> BatchGenerator | SequentialBatch:
-        return self._batch() if uid >= 0 else self._sequential()
 
 
 def _make_processors(request: Request) -> list[Any]:

@@ -72,14 +72,13 @@ class PrefixReuse:
         codec, earlier, earlier_table = self._codec, request.pending, request.table
         if codec is None:
             return
-        num_tokens = len(request.prompt_ids)
         # What is pinned must be in RAM when the prompt is computed, not some time later.
-        allocate = None if request.pin_tokens else partial(codec.allocate, capacity=num_tokens)
+        allocate = None if request.pin_tokens else partial(codec.allocate, capacity=request.capacity_tokens)
         request.pending = self._cache.match(
             request.prompt_ids,
             request.params.extra_keys,
             codec.needs,
-            max_tokens=last_boundary(num_tokens, self._cache.block_size, codec),
+            max_tokens=last_boundary(len(request.prompt_ids), self._cache.block_size, codec),
             allocate=allocate,
             earlier=earlier,
         )
@@ -232,7 +231,7 @@ class PrefixReuse:
         try:
             with mx.stream(generation_stream):
                 request.prompt_cache, content = codec.restore(
-                    content, num_tokens=num_tokens, capacity=len(request.prompt_ids)
+                    content, num_tokens=num_tokens, capacity=request.capacity_tokens
                 )
         except Exception:
             # Whatever is wrong with the blocks, the prompt can be computed; the answer must not suffer.

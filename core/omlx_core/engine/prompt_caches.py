@@ -66,14 +66,14 @@ class PromptCaches:
         return cache
 
     def reserve(self, prompt_cache: PromptCache, num_tokens: int) -> None:
-        """Give layers that keep every row room for a whole prompt, once its first step has shown their rows' shape.
+        """Give layers that keep every row room for a whole request, once its first step has shown their rows' shape.
 
         mlx-lm's cache grows by a copy of itself with each step, which takes a time that grows with the square of a
         prompt. Those that will be quantized are left alone: their room would be quantized too.
 
         Args:
             prompt_cache: holds the first step.
-            num_tokens: of the prompt.
+            num_tokens: to have room for.
         """
         if self.quantization is not None:
             return

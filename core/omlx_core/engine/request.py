@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
+
+from mlx_lm.models.cache import KVCache
+
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.pending_restore import PendingRestore
@@ -113,6 +117,12 @@ class Request:
         self.samples = [self]
         if self.params.timeout_s is not None:
             self.deadline_s = self.submitted_s + self.params.timeout_s
+
+    @property
+    def capacity_tokens(self) -> int:
+        """How many tokens its prompt cache is to have room for: an answer's first ones too, or they would cost a copy
+        of it all."""
+        return len(self.prompt_ids) + min(self.params.max_tokens, int(KVCache.step))
 
     def cancel(self) -> None:
         """Ask the scheduler to stop; from any thread, at any time, any number of times."""

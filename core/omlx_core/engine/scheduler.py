@@ -343,18 +343,20 @@ class Scheduler:
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         prompt_cache = request.prompt_cache or []
         with mx.stream(generation_stream):
-            if request.num_computed:  # the last step may be under way: what it fills was handed to the cache meanwhile
+            if request.num_computed > request.cached_tokens_hot + request.cached_tokens_cold:
+                # The last step may be under way: what it fills was handed to the cache meanwhile.
                 mx.eval([layer.state for layer in prompt_cache])
+                mx.clear_cache()
             self._prompt_caches.prepare_step(prompt_cache)
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
             if not request.num_computed:
-                self._prompt_caches.reserve(prompt_cache, len(request.prompt_ids))
+                self._prompt_caches.reserve(prompt_cache, request.capacity_tokens)
             mx.async_eval([layer.state for layer in prompt_cache])
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
-        mx.clear_cache()
 
     def _end_with_prompt(self, request: Request) -> None:
+        mx.clear_cache()
         self._prefixes.leave(request)
         request.is_in_line = False
         self.occupancy.leave_line(1)
@@ -377,7 +379,7 @@ class Scheduler:
     def _decode(self) -> None:
         if not self._decoding:
             return
-        for response in self._answers.step(self._decoding):
+        for response in self._answers.step():
             request = self._decoding.get(response.uid)
             if request is not None:
                 self._take_token(request, response)
@@ -385,7 +387,8 @@ class Scheduler:
     def _take_token(self, request: Request, response: Any) -> None:
         """Account for a token, pass it on, and end the answer if it was the last."""
         # By now the batch's cache holds this token, and with the first one the prompt's last.
-        added = [response.token] if request.output.token_ids else [request.prompt_ids[-1], response.token]
+        is_first = not request.output.token_ids
+        added = [request.prompt_ids[-1], response.token] if is_first else [response.token]
         self._prefixes.generated(request, added, partial(self._extract, response.uid, response.prompt_cache))
         params = request.params
         request.emit_token(
@@ -394,6 +397,8 @@ class Scheduler:
             top_logprobs(response.logprobs, params.top_logprobs) if params.top_logprobs else None,
             is_end_token=response.finish_reason == "stop",
         )
+        if is_first:
+            mx.clear_cache()  # of what the last step of the prefill has left, once nobody waits for it
         finish_reason, error = response.finish_reason, request.why_unmet()
         if finish_reason is not None:
             del self._decoding[response.uid]

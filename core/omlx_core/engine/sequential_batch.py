@@ -1,25 +1,30 @@
-"""Decodes, one sequence after the other, what mlx-lm's `BatchGenerator` can't take.
+"""Decodes, one sequence after the other, what mlx-lm's `BatchGenerator` can't take, and what would be alone in it.
 
-That is: cache classes without a batch form (`ChunkedKVCache`, `QuantizedKVCache`, a model's own), windows that keep
-their first tokens, layers that never fill the cache they are given, and architectures that are answered otherwise
-beside a request of another length. The interface is the part of
-`BatchGenerator` that the scheduler uses, so that it need not tell them apart.
+It can't take cache classes without a batch form (`ChunkedKVCache`, `QuantizedKVCache`, a model's own), windows that
+keep their first tokens, layers that never fill the cache they are given, and architectures that are answered otherwise
+beside a request of another length. A sequence that is alone is decoded here as `mlx_lm.generate_step` does it, on its
+own prompt cache: a batch of one is a copy of that cache and a mask in each step, which on a GPU takes twice the time.
+
+The interface is the part of `BatchGenerator` that the scheduler uses, so that it need not tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omlx_core.mlx_backend import mx
 
 from mlx_lm.generate import GenerationBatch, generation_stream
+from mlx_lm.models.cache import TokenBuffer
 
 from omlx_core.model.loading import architecture_of
 from omlx_core.state.handlers import leaves_of
 
 Response = GenerationBatch.Response
+
+_CLEARED_EVERY_TOKENS = 256  # MLX's pool, as generate_step does: of caches that have grown into new memory
 
 # What mlx-lm 0.32 gets wrong in a batch of sequences of different lengths, or can't do.
 UNLIKE_ALONE_IN_BATCH = {
@@ -59,7 +64,7 @@ class DecodingSequence:
         sampler: draws a token from log-probabilities.
         max_tokens: most tokens to generate.
         processors: change the logits first.
-        next_token: the token that follows them.
+        next_token: the token that follows them, shape ``[1]``; it may be under way.
         next_logprobs: what it was drawn from; None for the prompt's last token.
         num_generated: tokens given out so far.
     """
@@ -73,19 +78,25 @@ class DecodingSequence:
     next_logprobs: mx.array | None = None
     num_generated: int = 0
 
-    def draw(self, known: Sequence[int], logits: mx.array) -> tuple[mx.array, mx.array]:
+    def draw(self, known: mx.array | None, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The token after `known`, shape ``[1]``, and the log-probabilities that it was drawn from, ``[vocab]``.
 
         Args:
-            known: all tokens before it.
+            known: all tokens before it; only processors ask for them.
             logits: the model's, of shape ``[1, vocab]``.
         """
         for processor in self.processors:
-            logits = processor(mx.array(known), logits)
+            logits = processor(known, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = self.sampler(logprobs)
-        mx.eval(token, logprobs)
+        mx.async_eval(token, logprobs)
         return token, logprobs[0]
+
+    def ends_with_next(self, stop_tokens: Collection[int]) -> bool:
+        """Whether the next token is the answer's last; waits for it."""
+        if self.next_logprobs is None:
+            return False
+        return self.num_generated + 1 >= self.max_tokens or int(self.next_token.item()) in stop_tokens
 
 
 class SequentialBatch:
@@ -109,6 +120,7 @@ class SequentialBatch:
         self._prepare_step = prepare_step
         self._stop_tokens = frozenset(stop_tokens)
         self._sequences: dict[int, DecodingSequence] = {}
+        self._contexts: dict[DecodingSequence, TokenBuffer] = {}  # what processors look at
         self._num_inserted = 0
 
     def insert_segments(
@@ -121,17 +133,13 @@ class SequentialBatch:
         samplers: Sequence[Callable[[mx.array], mx.array]],
         logits_processors: Sequence[Sequence[Callable[[mx.array, mx.array], mx.array]]],
     ) -> list[int]:
-        """Add sequences, each of one segment of one token; the rest of its prompt is in its cache.
-
-        Returns:
-            Their names: negative, where `BatchGenerator`'s are not.
-        """
+        """Add sequences, each of one segment of one token; the rest of its prompt is in its cache."""
         uids = []
         for [[token_id]], limit, prompt_cache, tokens, sampler, processors in zip(
             segments, max_tokens, caches, all_tokens, samplers, logits_processors, strict=True
         ):
+            uids.append(self._num_inserted)
             self._num_inserted += 1
-            uids.append(-self._num_inserted)
             self._sequences[uids[-1]] = DecodingSequence(
                 prompt_cache, [*tokens], sampler, limit, processors, next_token=mx.array([token_id])
             )
@@ -143,8 +151,13 @@ class SequentialBatch:
             responses = [self._step(uid, sequence) for uid, sequence in self._sequences.items()]
         for response in responses:
             if response.finish_reason is not None:
-                self._forget(self._sequences.pop(response.uid))
+                self._drop(response.uid)
         return [], responses
+
+    def unfinished(self, uid: int) -> DecodingSequence | None:
+        """A sequence that goes on after its next token; None if that one is its last."""
+        sequence = self._sequences[uid]
+        return None if sequence.ends_with_next(self._stop_tokens) else sequence
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[list[Any], list[int]]]:
         """The caches of sequences, which go on changing, and the tokens in them."""
@@ -156,30 +169,47 @@ class SequentialBatch:
         """Take sequences out."""
         removed = self.extract_cache(uids) if return_prompt_caches else {}
         for uid in uids:
-            self._forget(self._sequences.pop(uid))
+            self._drop(uid)
         return removed
 
     def close(self) -> None:
         """Nothing is held."""
 
+    def _drop(self, uid: int) -> None:
+        sequence = self._sequences.pop(uid)
+        self._contexts.pop(sequence, None)
+        self._forget(sequence)
+
     def _step(self, uid: int, sequence: DecodingSequence) -> Any:
         if sequence.next_logprobs is None:
-            self._forward(sequence)  # the prompt's last token gives the answer's first
-        token, logprobs = int(sequence.next_token.item()), sequence.next_logprobs
-        self._forward(sequence)
+            self._advance(sequence)  # the prompt's last token gives the answer's first
+        logprobs = sequence.next_logprobs
+        self._advance(sequence)
+        token = sequence.token_ids[-1]
         sequence.num_generated += 1
         finish_reason = "length" if sequence.num_generated >= sequence.max_tokens else None
         if token in self._stop_tokens:
             finish_reason = "stop"
+        if sequence.num_generated % _CLEARED_EVERY_TOKENS == 0:
+            mx.clear_cache()
         return Response(uid, token, logprobs, finish_reason, sequence.prompt_cache, sequence.token_ids)
+
+    def _advance(self, sequence: DecodingSequence) -> None:
+        """Have the model read the next token, and wait for that one while the token after it is being computed."""
+        token = sequence.next_token
+        self._forward(sequence)
+        sequence.token_ids.append(int(token.item()))
 
     def _forward(self, sequence: DecodingSequence) -> None:
         """Run the model on the next token, and draw the one after it."""
-        inputs = sequence.next_token
         self._prepare_step(sequence.prompt_cache)
-        logits = self._model(inputs[None], cache=sequence.prompt_cache)[:, -1, :]
-        sequence.token_ids.append(int(inputs.item()))
-        sequence.next_token, sequence.next_logprobs = sequence.draw(sequence.token_ids, logits)
+        logits = self._model(sequence.next_token[None], cache=sequence.prompt_cache)[:, -1, :]
+        known = None
+        if sequence.processors:
+            if sequence not in self._contexts:
+                self._contexts[sequence] = TokenBuffer(sequence.token_ids)
+            known = self._contexts[sequence].update_and_fetch(sequence.next_token)
+        sequence.next_token, sequence.next_logprobs = sequence.draw(known, logits)
 
     def _forget(self, sequence: DecodingSequence) -> None:
         """A sequence has left."""

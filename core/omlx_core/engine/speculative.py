@@ -118,11 +118,10 @@ class SpeculativeBatch(SequentialBatch):
             self._num_read[sequence] = len(sequence.token_ids)
 
     def _forward(self, sequence: DecodingSequence) -> None:
-        """Account for the next token, and find out the one after it."""
+        """Find out the token after the next one."""
         upcoming = self._upcoming.setdefault(sequence, deque())
         if not upcoming:
             upcoming.extend(self._speculate(sequence))
-        sequence.token_ids.append(int(sequence.next_token.item()))
         sequence.next_token, sequence.next_logprobs = upcoming.popleft()
 
     def _forget(self, sequence: DecodingSequence) -> None:
@@ -139,7 +138,7 @@ class SpeculativeBatch(SequentialBatch):
         logits = self._pair.target(mx.array([[known[-1], *proposed]]), cache=own)
         found: list[tuple[mx.array, mx.array]] = []
         for position in range(len(proposed) + 1):
-            token, logprobs = sequence.draw(known, logits[:, position, :])
+            token, logprobs = sequence.draw(mx.array(known) if sequence.processors else None, logits[:, position, :])
             found.append((token, logprobs))
             token_id = int(token.item())
             if position == len(proposed) or token_id != proposed[position]:

@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from omlx_core.engine.params import GenerationParams, Prompt
 from omlx_core.errors import InvalidParameterError, InvalidPromptError, InvalidRequestError, InvalidToolError
@@ -187,30 +187,31 @@ class PromptEncoder:
                 f"prompt is {type(prompt).__name__}: give text, a list of token ids or a list of messages"
             )
         if not isinstance(prompt, str):
-            messages = [item for item in prompt if isinstance(item, Mapping)]
-            if messages and len(messages) < len(prompt):
+            are_messages = {issubclass(kind, Mapping) for kind in set(map(type, prompt))}
+            if len(are_messages) > 1:
                 raise InvalidPromptError("prompt mixes messages with other things: give one kind")
-            if messages:
-                return self._encode_messages(messages, params)
+            if True in are_messages:
+                return self._encode_messages(cast(Sequence[Mapping[str, Any]], prompt), params)
         _check_no_chat(params)
         if isinstance(prompt, str):
             return self._encode_text(prompt, params)
         return EncodedPrompt(self._check_ids(prompt))
 
     def _check_ids(self, prompt: Sequence[Any]) -> list[int]:
-        token_ids = []
-        for position, item in enumerate(prompt):
-            try:
-                token_id = operator.index(item)
-            except TypeError:
-                raise InvalidPromptError(
-                    f"prompt[{position}]={item!r} is neither a token id nor a message with 'role' and 'content'"
-                ) from None
-            if token_id < 0 or token_id >= (self._vocab_size or 2**32):
-                raise InvalidPromptError(
-                    f"prompt[{position}]={token_id} is not in the vocabulary of {self._vocab_size} tokens"
-                )
-            token_ids.append(token_id)
+        # All at once: one by one took 10 ms for 8,000 tokens.
+        try:
+            token_ids = list(map(operator.index, prompt))
+        except TypeError:
+            position = next(i for i, item in enumerate(prompt) if not _is_index(item))
+            raise InvalidPromptError(
+                f"prompt[{position}]={prompt[position]!r} is neither a token id nor a message with 'role' and 'content'"
+            ) from None
+        limit = self._vocab_size or 2**32
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= limit):
+            position = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < limit)
+            raise InvalidPromptError(
+                f"prompt[{position}]={token_ids[position]} is not in the vocabulary of {self._vocab_size} tokens"
+            )
         return token_ids
 
     def _encode_text(self, text: str, params: GenerationParams) -> EncodedPrompt:
@@ -235,6 +236,14 @@ class PromptEncoder:
         # The template writes the special tokens itself.
         token_ids = self._texts.encode(chat.text, add_special_tokens=False, salt=params.cache_salt)
         return EncodedPrompt(token_ids, chat.text, chat)
+
+
+def _is_index(item: Any) -> bool:
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return True
 
 
 def _render_options(params: GenerationParams) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class PromptStateCodec:
             for path, recurrent in self._checkpoints.items():
                 leaves[path] = recurrent.restore(self._leaves[path], states.get(path, {}))
         prompt_cache = rebuild(self._template, leaves)
-        mx.eval([leaf.state for leaf in leaves.values()])
+        mx.async_eval([leaf.state for leaf in leaves.values()])
         return prompt_cache, PrefixContent(rows, parts, content.buffers)
 
     def _restore_rows(
