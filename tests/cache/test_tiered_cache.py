@@ -749,6 +749,7 @@ class Places:
         self.memory = bytearray(num_blocks * BLOCK_BYTES)
         self.prepared: list[int] = []
         self.asked: list[int] = []
+        self.completed: list[int] = []
 
     def prepare(self, position: int) -> None:
         self.prepared.append(position)
@@ -760,6 +761,9 @@ class Places:
         self.asked.append(position)
         start = position * BLOCK_BYTES
         return [memoryview(self.memory)[start : start + 5], memoryview(self.memory)[start + 5 : start + BLOCK_BYTES]]
+
+    def complete(self, position: int) -> None:
+        self.completed.append(position)
 
 
 def read_to_places(
@@ -790,6 +794,7 @@ def test_cold_rows_go_to_their_place_and_to_ram_afterwards(open_cache: Callable[
     pending, places = read_to_places(cache, prompt)
     content = finish(cache, pending, len(prompt))
     assert content.rows == [InPlace.IN_PLACE] * 10
+    assert sorted(places.completed) == list(range(10))
     assert bytes(places.memory) == b"".join(content_of(prompt[:stop]) for stop in range(2, 21, 2))
     cache.promote(pending.table, content)
     cache.release(pending.table)
@@ -825,6 +830,7 @@ def test_a_damaged_block_ends_the_chain_of_rows_read_to_their_place(
     pending, places = read_to_places(cache, prompt)
     content = finish(cache, pending, len(prompt))
     assert content.rows == [InPlace.IN_PLACE] * 2
+    assert {0, 1} <= set(places.completed) <= {0, 1, 3, 4}  # those behind it may have been read by then
     assert pending.table.num_tokens == 4
     assert bytes(places.memory[: 2 * BLOCK_BYTES]) == content_of(prompt[:2]) + content_of(prompt[:4])
     assert cache.stats().lost_blocks == 3

@@ -130,6 +130,10 @@ class RowBuffers(Protocol):
         """
         ...
 
+    def complete(self, position: int) -> None:
+        """A block's bytes are all there, and proven. Called by the thread that read them."""
+        ...
+
 
 class InPlace(enum.Enum):
     """Says that a block's content is in `RowBuffers` already."""

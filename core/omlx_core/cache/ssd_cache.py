@@ -178,7 +178,10 @@ class PagedSSDCacheManager:
             buffers: where its rows go; after a miss they may hold some of what was read.
             position: the block's place in the prefix.
         """
-        return self._load(block_hash, token_ids, partial(buffers.segments, position))
+        loaded = self._load(block_hash, token_ids, partial(buffers.segments, position))
+        if loaded is InPlace.IN_PLACE:
+            buffers.complete(position)
+        return loaded
 
     def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
         """What the tensors of a block are: one short read of the disk at the most. None if that can't be said now."""

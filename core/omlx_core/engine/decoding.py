@@ -95,9 +95,8 @@ class DecodingBatches:
         """One token of each answer."""
         outer_ids = {place: id_ for id_, place in self._places.items()}
         responses, self._drawn = self._drawn, []
-        for batch in dict.fromkeys(
-            batch for batch, _ in self._places.values()
-        ):  # the others would take time for nothing
+        used = dict.fromkeys(batch for batch, _ in self._places.values())  # an empty one would take time
+        for batch in used:
             for response in batch.next()[1]:
                 response.uid = outer_ids[batch, response.uid]
                 responses.append(response)

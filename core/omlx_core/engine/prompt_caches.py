@@ -8,7 +8,7 @@ from typing import Any
 
 from omlx_core.mlx_backend import mx
 
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from omlx_core.errors import InvalidSettingError
@@ -29,6 +29,16 @@ def fork_prompt_cache(prompt_cache: PromptCache) -> PromptCache:
         # mlx-lm's caches write to slices of their arrays, which changes the Python object in place.
         vars(forked[path]).update(tree_map(lambda item: item[...] if isinstance(item, mx.array) else item, vars(leaf)))
     return rebuild(prompt_cache, forked)
+
+
+def when_filled(prompt_cache: PromptCache) -> mx.array:
+    """An array that is computed once all layers are, and shares no memory with them: to hold it costs nothing."""
+    arrays = [item for _, item in tree_flatten([layer.state for layer in prompt_cache]) if isinstance(item, mx.array)]
+    filled = [array for array in arrays if array.size]
+    if not filled:
+        return mx.array(True)
+    element = filled[-1][(0,) * filled[-1].ndim]
+    return mx.equal(element, element)
 
 
 class PromptCaches:

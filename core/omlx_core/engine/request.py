@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
+from omlx_core.mlx_backend import mx
 
 from mlx_lm.models.cache import KVCache
 
@@ -71,6 +72,7 @@ class Request:
         pending: the matched prefix while its content is on the way.
         prompt_cache: the layers' state during prefill; handed to mlx-lm's batch after it.
         num_computed: prompt tokens that `prompt_cache` holds.
+        steps_under_way: an array for each step of its prefill that isn't known to be done, there when it is.
         recorder: keeps what windows would drop; None if the model has none.
         checkpoints_at: numbers of tokens after which the recurrent layers' state is to be kept.
         last_checkpoint: the newest state at a block boundary of the answer, with its number of tokens.
@@ -101,6 +103,7 @@ class Request:
     pending: PendingRestore | None = None
     prompt_cache: PromptCache | None = None
     num_computed: int = 0
+    steps_under_way: deque[mx.array] = field(default_factory=deque)
     recorder: WindowRecorder | None = None
     checkpoints_at: set[int] = field(default_factory=set)
     last_checkpoint: tuple[int, BlockPayload] | None = None

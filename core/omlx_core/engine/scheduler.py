@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from omlx_core.mlx_backend import backend_name, mx
+from omlx_core.mlx_backend import backend_name, has_device_memory, mx
 
 from mlx_lm.generate import generation_stream
 
@@ -29,7 +29,7 @@ from omlx_core.engine.document_reuse import DocumentReuse
 from omlx_core.engine.mlx_thread import MLXThread, as_engine_error
 from omlx_core.engine.occupancy import Occupancy
 from omlx_core.engine.prefix_reuse import PrefixReuse
-from omlx_core.engine.prompt_caches import PromptCaches
+from omlx_core.engine.prompt_caches import PromptCaches, when_filled
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import top_logprobs
 from omlx_core.errors import CacheInvariantError, OMLXError
@@ -58,6 +58,8 @@ class Scheduler:
     def __init__(self, name: str, settings: EngineSettings) -> None:
         self._settings = settings
         self._is_on_gpu = not backend_name().startswith("cpu")
+        # Where kernels take long to launch, the next step's are launched while this one computes: two steps' memory.
+        self._num_steps_ahead = 1 if has_device_memory() else 0
         self.occupancy = Occupancy(settings.max_waiting_requests)
         self._line_may_be_overdue = False  # it is searched only then, lest a step take longer the longer the line is
         self._next_deadline_s = math.inf
@@ -343,15 +345,17 @@ class Scheduler:
     def _compute(self, request: Request, token_ids: list[int]) -> None:
         prompt_cache = request.prompt_cache or []
         with mx.stream(generation_stream):
-            if request.num_computed > request.cached_tokens_hot + request.cached_tokens_cold:
-                # The last step may be under way: what it fills was handed to the cache meanwhile.
-                mx.eval([layer.state for layer in prompt_cache])
-                mx.clear_cache()
+            while len(request.steps_under_way) > self._num_steps_ahead:
+                mx.eval(request.steps_under_way.popleft())
+                if not self._num_steps_ahead:
+                    mx.clear_cache()
             self._prompt_caches.prepare_step(prompt_cache)
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
             if not request.num_computed:
                 self._prompt_caches.reserve(prompt_cache, request.capacity_tokens)
-            mx.async_eval([layer.state for layer in prompt_cache])
+            end = when_filled(prompt_cache)
+            mx.async_eval([layer.state for layer in prompt_cache], end)
+            request.steps_under_way.append(end)
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)
 

@@ -17,6 +17,7 @@ import numpy as np
 from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import DeviceCopy, dtype_of, joined_bytes, name_of
+from omlx_core.state.cuda_memory import prefetch
 from omlx_core.state.protocols import Arrays
 from omlx_core.state.shared_memory import make_zeros
 
@@ -112,6 +113,11 @@ class PackedBlocks:
                 begin, end = end, end + layout[name].size_bytes
                 places[name] = data[begin:end].data
         return [places[name] for name in layout]
+
+    def complete(self, position: int) -> None:
+        """Send a block to the GPU while the next ones are being read."""
+        for data in self._bytes[position]:
+            prefetch(data)
 
     def take(self, position: int) -> BlockPayload:
         """A block that was read."""

@@ -70,6 +70,9 @@ class RowArrays:
                 pieces.append(line[start:stop].data)
         return pieces
 
+    def complete(self, position: int) -> None:
+        """It is where it will be used."""
+
     def fill(self, payloads: Mapping[int, BlockPayload], num_tokens: int) -> None:
         """Copy the blocks at these positions to their places, and put zeros behind the rows of `num_tokens` tokens.
 
