@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Nobody waits for tokens meanwhile, and a GPU is not busy with fewer; mlx-lm's own step.
 _LONE_STEP_TOKENS = 2048
+# Whoever waits for the first token gets the interpreter: what follows keeps it for milliseconds.
+_HAND_OVER_S = 5e-5
 _READ_AHEAD = 3  # requests whose blocks may be read at once; each holds what it has read in RAM
 
 
@@ -402,6 +404,7 @@ class Scheduler:
             is_end_token=response.finish_reason == "stop",
         )
         if is_first:
+            time.sleep(_HAND_OVER_S)
             mx.clear_cache()  # of what the last step of the prefill has left, once nobody waits for it
         finish_reason, error = response.finish_reason, request.why_unmet()
         if finish_reason is not None:
