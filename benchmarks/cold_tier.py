@@ -31,8 +31,9 @@ import numpy as np
 from harness import median_s
 from tqdm import tqdm, trange
 
-from omlx_core.cache.block_file import BlockIdentity, encode_block, encode_token_ids
+from omlx_core.cache.block_file import encode_block
 from omlx_core.cache.block_hash import BlockHash, hash_block, hash_namespace
+from omlx_core.cache.block_header import BlockIdentity, encode_token_ids
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager
 from omlx_core.cache.ssd_layout import block_path

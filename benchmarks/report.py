@@ -33,6 +33,7 @@ TITLES = {
     "cold_tier": "The SSD tier",
     "writer_busy": "Decoding while the SSD tier writes",
     "cold_bits": "Eight bits on SSD",
+    "peers": "Beside other caches",
 }
 INTRODUCTION = """# Performance
 
@@ -41,6 +42,7 @@ measured in turn. A *limit* is what the hardware or the other library takes for 
 has to keep to. `make bench` measures again, and `python benchmarks/report.py` writes this page from the results, which
 are beside the plots in `docs/performance`. For a model of your own: `omlx-plugins bench --model …`.
 """
+PEER_TABLES = {"cache": "64 MiB of keys and values, no model", "requests": "Time to the first token"}
 _NO_FIGURES = ("machine", "device", "backend", "load", "versions", "arguments", "runs")
 
 Result = Mapping[str, Any]
@@ -100,9 +102,39 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return rows
 
 
+def peer_tables(result: Result) -> str:
+    """The medians of each peer, and their ratios to the first one's."""
+    tables = []
+    for group, title in PEER_TABLES.items():
+        columns = result["columns"].get(group, {})
+        rows = []
+        for label, row in result.get(group, {}).items():
+            if row["median_ms"]:
+                rows.append((label, *(_peer_cell(row, name) for name in columns)))
+        if rows:
+            tables.append(table((f"{title}: ms", *columns.values()), rows))
+    notes = []
+    for label, peer in result["peers"].items():
+        facts = [f"{name} {version}" for name, version in peer["versions"].items()]
+        facts += [] if peer["written_is_durable"] else ["doesn't sync what it has written"]
+        facts += ["answers differ by where its cache comes from"] if peer["same_answers"] is False else []
+        notes.append(f"- {label}: {', '.join(facts)}.")
+    notes += [f"- {label}: not measured, {why}." for label, why in result["missing"].items()]
+    return "\n\n".join([*tables, "\n".join(notes)])
+
+
+def _peer_cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["median_ms"]:
+        return ""
+    ratio = row["ratio"].get(name)
+    return number(row["median_ms"][name]) + ("" if ratio is None else f" ({number(ratio)} x)")
+
+
 def plots_of(name: str, result: Result) -> list[Plot]:
     """What can be drawn of a result: the name of each plot, and what draws it to a path."""
     plots: list[Plot] = []
+    if "peers" in result:
+        return plots
     for shape in dict.fromkeys(request["shape"] for request in result.get("requests", ())):
         groups = {
             f"{request['tokens']:,} tokens": {
@@ -136,7 +168,9 @@ def section(name: str, result: Result) -> str:
     load = f"; load of the minute before: {result['load']}" if result.get("load") is not None else ""
     arguments = ", ".join(f"{key} {value}" for key, value in result.get("arguments", {}).items() if value is not None)
     where = f"{machine}{load}. {versions}." + (f" With {arguments}." if arguments else "")
-    if "figures" in result:
+    if "peers" in result:
+        body = peer_tables(result)
+    elif "figures" in result:
         body = figure_table(result["figures"])
     else:
         rest = {key: value for key, value in result.items() if key not in _NO_FIGURES}

@@ -18,11 +18,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 _ON_THE_SHAPE = ("--only", "hit", "restore", "store", "--runs", "5")
 BENCHMARKS: dict[str, tuple[str, ...]] = {  # the name of a result begins with its script's
-    "whole_requests": (),
+    "whole_requests": ("--tokens", "1024", "--runs", "3"),
     "cache_ops": (),
     "cache_ops-long": ("--shape", "long", *_ON_THE_SHAPE),
     "cache_ops-qwen3-8b": ("--shape", "qwen3-8b", *_ON_THE_SHAPE),
-    "overhead": (),
+    "overhead": ("--model", "minimal"),
+    "overhead-smollm2": ("--model", "smollm2", "--tokens", "48", "--runs", "3"),  # its steps take 0.2 s
     "batching": (),
     "growth": (),
     "cold_tier": (),

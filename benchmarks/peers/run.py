@@ -206,6 +206,7 @@ def main() -> None:
             for contender in contenders
         },
         missing=missing,
+        columns={group: tables[group].columns for group in args.only},
         **{group: tables[group].as_dict() for group in args.only},
     )
 

@@ -48,6 +48,28 @@ def test_each_figure_stands_beside_its_limit_and_its_bar(report):
     ]
 
 
+def test_peers_stand_beside_each_other(report):
+    result = {
+        **ENVIRONMENT,
+        "peers": {
+            "ours": {"versions": {"omlx": "0.1"}, "written_is_durable": True, "same_answers": True},
+            "other": {"versions": {"other": "2", "mlx": "3"}, "written_is_durable": False, "same_answers": False},
+        },
+        "missing": {"third": "it can't be installed"},
+        "columns": {"cache": {"hit_s": "RAM", "opened_s": "open"}, "requests": {"cold_s": "cold"}},
+        "cache": {
+            "ours": {"median_ms": {"hit_s": 10.0, "opened_s": 1.0}, "ratio": {"hit_s": 1.0, "opened_s": 1.0}},
+            "other": {"median_ms": {"hit_s": 25.0}, "ratio": {"hit_s": 2.5}},
+        },
+        "requests": {"ours": {"median_ms": {}, "ratio": {}}},
+    }
+    text = report.section("peers", result)
+    assert "| ours | 10 (1 x) | 1 (1 x) |\n| other | 25 (2.5 x) |  |" in text
+    assert "cold" not in text
+    assert "- ours: omlx 0.1.\n- other: other 2, mlx 3, doesn't sync what it has written, answers differ" in text
+    assert text.endswith("- third: not measured, it can't be installed.")
+
+
 def test_a_result_without_figures_is_shown_value_by_value(report):
     text = report.section("writer_busy", {**ENVIRONMENT, "runs": 7, "ratio_to_off": {"busy": 0.98}, "disk": "nvme"})
     assert "| ratio to off: busy | 0.98 |" in text

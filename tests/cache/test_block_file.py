@@ -14,15 +14,14 @@ from safetensors import safe_open
 
 from omlx_core.cache import block_file as block_file_module
 from omlx_core.cache.block_file import (
-    BlockIdentity,
     encode_block,
-    encode_token_ids,
     read_block,
     read_block_identity,
     read_block_into,
     read_block_layout,
     write_block_file,
 )
+from omlx_core.cache.block_header import BlockIdentity, encode_token_ids
 from omlx_core.cache.parts import PARTS, ROWS
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.errors import BlockFileError, CorruptBlockError

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from ssd_audit import audit_directory
 
-from omlx_core.cache.block_file import BlockIdentity, encode_block, encode_token_ids
+from omlx_core.cache.block_file import encode_block
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, hash_namespace
+from omlx_core.cache.block_header import BlockIdentity, encode_token_ids
 from omlx_core.cache.parts import CHECKPOINT, ROWS, Part, hash_part
 from omlx_core.cache.payload import BlockPayload, BlockTensor
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager

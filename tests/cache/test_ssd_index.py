@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omlx_core.cache.block_file import BlockIdentity, encode_block, write_block_file
+from omlx_core.cache.block_file import encode_block, write_block_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.block_header import BlockIdentity
 from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_index import SSDIndex

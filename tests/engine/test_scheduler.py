@@ -11,7 +11,7 @@ from tiny_models import tiny_gemma3, tiny_lfm2, tiny_llama
 from tiny_prompts import BLOCK_SIZE, tokens
 
 from omlx_core import CacheSettings, Engine, EngineSettings
-from omlx_core.engine import decoding
+from omlx_core.engine import decoding, scheduler
 from omlx_core.errors import (
     EngineBusyError,
     EngineError,
@@ -503,3 +503,26 @@ def test_failing_batch_leaves_those_in_line_alone(engine, monkeypatch):
         with pytest.raises(EngineError, match="out of memory"):
             list(stream)
         assert len(future.result(30).token_ids) == 3
+
+
+def test_steps_that_are_launched_ahead_change_nothing(model, monkeypatch):
+    """As on a GPU with memory of its own: no more than one step is under way when the next is launched."""
+    monkeypatch.setattr(scheduler, "has_device_memory", lambda: True)
+    settings = EngineSettings(prefill_step_size=20)
+    under_way = []
+    with Engine(model, cache=CACHE, settings=settings) as engine:
+        compute = engine._scheduler._compute
+
+        def compute_and_look(request, token_ids):
+            compute(request, token_ids)
+            under_way.append(len(request.steps_under_way))
+
+        monkeypatch.setattr(engine._scheduler, "_compute", compute_and_look)
+        first = engine.generate(tokens(110), max_tokens=5, logprobs=True)
+        again = engine.generate(tokens(110), max_tokens=5, logprobs=True)
+        assert_nothing_is_held(engine)
+    assert under_way[:6] == [1, 2, 2, 2, 2, 2]
+    expected = solo(model, tokens(110), max_tokens=5, logprobs=True)
+    for result in (first, again):
+        assert (result.token_ids, result.logprobs) == (expected.token_ids, expected.logprobs)
+    assert again.usage.cached_tokens == 96

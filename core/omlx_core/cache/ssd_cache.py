@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from omlx_core.cache import ssd_maintenance
-from omlx_core.cache.block_file import encode_token_ids, read_block_identity, read_block_into, read_block_layout
+from omlx_core.cache.block_file import read_block_identity, read_block_into, read_block_layout
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.block_header import encode_token_ids
 from omlx_core.cache.block_tree import ChildBlock
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.neighbour import Neighbour, nearest_of

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from omlx_core.cache.block_file import BlockIdentity, read_block
+from omlx_core.cache.block_file import read_block
+from omlx_core.cache.block_header import BlockIdentity
 from omlx_core.cache.ssd_budget import DiskLimits
 from omlx_core.cache.ssd_index_view import INDEX_NAME, IndexView, is_damage, read_snapshot
 from omlx_core.cache.ssd_layout import (

@@ -24,16 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from omlx_core.cache.block_file import (
-    BlockIdentity,
-    encode_header,
-    read_block,
-    read_block_identity,
-    read_sealed_header,
-    sync_directory,
-    sync_file,
-)
+from omlx_core.cache.block_file import read_block, read_block_identity, read_sealed_header, sync_directory, sync_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+from omlx_core.cache.block_header import BlockIdentity, encode_header
 from omlx_core.cache.parts import PARTS, ROWS, hash_part
 from omlx_core.cache.payload import BlockPayload
 from omlx_core.cache.ssd_budget import SaveOutcome

@@ -19,15 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omlx_core.cache.block_file import (
-    BlockIdentity,
-    EncodedBlock,
-    encode_block,
-    encode_token_ids,
-    sync_directory,
-    write_block_file,
-)
+from omlx_core.cache.block_file import EncodedBlock, encode_block, sync_directory, write_block_file
 from omlx_core.cache.block_hash import BlockHash, NamespaceHash
+from omlx_core.cache.block_header import BlockIdentity, encode_token_ids
 from omlx_core.cache.file_threads import FileThreads
 from omlx_core.cache.parts import ROWS, Part
 from omlx_core.cache.payload import BlockPayload

@@ -181,7 +181,7 @@ class PromptStateCodec:
         return max(each.capacity(capacity) for each in self._adopting.values())
 
     def restore(self, content: PrefixContent, *, num_tokens: int, capacity: int) -> tuple[PromptCache, PrefixContent]:
-        """Build a prompt cache, evaluated; what runs on it never changes the blocks.
+        """Build a prompt cache, whose arrays may be under way; what runs on it never changes the blocks.
 
         Args:
             content: the rows of all blocks and the parts that `needs` names.
