@@ -127,6 +127,12 @@ def ask(engine: Engine, question: Question) -> Answer:
     return Answer(result.token_ids, result.logprobs or [], usage.cached_tokens_hot, usage.cached_tokens_cold)
 
 
+def ask_twice(engine: Engine, question: Question) -> list[list[int]]:
+    """The tokens of two answers that are decoded together."""
+    results = engine.sample(question.prompt, 2, max_tokens=question.max_tokens)
+    return [result.token_ids for result in results]
+
+
 def ask_all(engine: Engine, questions: Mapping[str, Question]) -> dict[str, Answer]:
     """Ask one after the other."""
     return {situation: ask(engine, question) for situation, question in questions.items()}

@@ -20,6 +20,7 @@ from integration_tests.architectures.situations import (
     Question,
     ask,
     ask_all,
+    ask_twice,
     first_question,
     later_questions,
     open_tiny_engine,
@@ -41,7 +42,8 @@ class Trial:
         name: the architecture.
         caches: what ``describe`` says of its prompt cache.
         parts: of a block, as its layers fill them; none if it runs uncached.
-        is_batched: whether its answers were decoded in mlx-lm's batch.
+        is_batched: whether answers that are decoded together are in mlx-lm's batch.
+        together: the tokens of two answers to the first prompt that were.
         questions: what was asked after the first prompt, by situation.
         cold: the answers without a cache, the first prompt's too.
         from_ram: the answers of one engine that was asked them all.
@@ -53,6 +55,7 @@ class Trial:
     caches: str
     parts: tuple[str, ...]
     is_batched: bool
+    together: list[list[int]]
     questions: dict[str, Question]
     cold: dict[str, Answer]
     from_ram: dict[str, Answer]
@@ -81,7 +84,8 @@ def run_trial(name: str, folder: Path) -> Trial:
         questions = later_questions(cold[FIRST].token_ids)
         cold[EXACT_REPEAT] = cold[FIRST]
         cold.update(ask_all(engine, {key: question for key, question in questions.items() if key not in cold}))
-        is_batched = engine._scheduler._answers._sequential_batch is None
+        together = ask_twice(engine, first)
+        is_batched = engine._scheduler._answers._generator is not None
     with open_tiny_engine(name, block_size=BLOCK_SIZE) as engine:
         from_ram = ask_all(engine, {FIRST: first, **questions})
         engine.cache.check()
@@ -92,6 +96,7 @@ def run_trial(name: str, folder: Path) -> Trial:
         describe(prompt_cache),
         () if name in CUT_DEPENDENT else _parts(prompt_cache),
         is_batched,
+        together,
         questions,
         cold,
         from_ram,
@@ -116,6 +121,8 @@ def compare(trial: Trial, restored: Mapping[str, Any]) -> list[str]:
         problems.append(f"{name}: the table says otherwise, but its blocks have the parts {trial.parts}")
     if trial.is_batched == (name in UNLIKE_ALONE_IN_BATCH):
         problems.append(f"{name}: the table says otherwise, but is_batched={trial.is_batched}")
+    if any(token_ids != trial.cold[FIRST].token_ids for token_ids in trial.together):
+        problems.append(f"{name}: two answers at once are {trial.together}, alone it is {trial.cold[FIRST].token_ids}")
     tolerance = CUT_TOLERANCE.get(name, 0.0)
     answers = [
         ("RAM", FIRST, trial.from_ram[FIRST]),
