@@ -1,11 +1,17 @@
 """An answer that is alone is decoded without the batch, and moves there when a second one comes."""
 
+from omlx_core.mlx_backend import mx
+
 import pytest
 from tiny_models import tiny_gemma3, tiny_lfm2, tiny_llama
 from tiny_prompts import BLOCK_SIZE, tokens
 from tiny_tokenizer import tiny_tokenizer
 
-from omlx_core import CacheSettings, Engine, Regex
+from omlx_core import CacheSettings, Engine, EngineSettings, Regex
+from omlx_core.engine.decoding import DecodingBatches
+from omlx_core.engine.output import OutputAssembler
+from omlx_core.engine.params import GenerationParams
+from omlx_core.engine.request import Request
 
 NUM_TOKENS = 40
 FAMILIES = {"full": tiny_llama, "windowed": lambda: tiny_gemma3(window=21), "recurrent": tiny_lfm2}
@@ -80,18 +86,57 @@ def test_every_family_moves(family):
         engine.cache.check()
 
 
-def test_it_stays_where_it_is_for_its_last_token(engine):
-    """The second comes while all but one of the first's tokens are given out."""
-    answers = answers_of(engine)
-    for limit in range(2, 8):
-        alone = take(ask(engine, max_tokens=limit))
-        first = ask(engine, max_tokens=limit)
-        begun = take(first, 1)
-        second = ask(engine, 2, max_tokens=3)
-        rest = take(first)
-        assert len(list(second)) > 0
-        assert begun[0] + rest[0] == alone[0]
-        assert engine._scheduler.thread.call(lambda: (answers._places, answers._lone, answers._drawn)) == ({}, None, [])
+def on_mlx_thread(engine, test):
+    """Run a test where the batches belong, with batches of its own and a way to add prompts to them."""
+
+    def run():
+        scheduler = engine._scheduler
+        batches = DecodingBatches(scheduler._model, [], [], scheduler._caches, EngineSettings())
+
+        def add(prompt_seed, max_tokens):
+            prompt = tokens(50, seed=prompt_seed)
+            params = GenerationParams(max_tokens=max_tokens)
+            request = Request(prompt, params, lambda _: None, OutputAssembler(None, params))
+            request.prompt_cache = scheduler._caches.make()
+            scheduler._model(mx.array(prompt[:-1])[None], cache=request.prompt_cache)
+            [uid] = batches.add(request)
+            return uid
+
+        try:
+            test(batches, add)
+        finally:
+            batches.close()
+
+    engine._scheduler.thread.call(run)
+
+
+@pytest.mark.parametrize("num_given", range(5))
+def test_it_moves_unless_its_next_token_is_its_last(engine, num_given):
+    alone = engine.generate(tokens(50, seed=1), max_tokens=5).token_ids
+
+    def test(batches, add):
+        first = add(1, 5)
+        given = [response.token for _ in range(num_given) for response in batches.step()]
+        second = add(2, 5)
+        assert (batches._places[first][0] is batches._generator) == (num_given < 4)
+        assert batches._places[second][0] is batches._generator
+        for _ in range(8):
+            given += [response.token for response in batches.step() if response.uid == first]
+        assert given == alone
+        assert not batches._places
+
+    on_mlx_thread(engine, test)
+
+
+def test_what_moved_and_is_removed_gives_no_token_any_more(engine):
+    def test(batches, add):
+        first = add(1, 5)
+        batches.step()
+        second = add(2, 5)
+        batches.remove(first)
+        assert {response.uid for _ in range(8) for response in batches.step()} == {second}
+
+    on_mlx_thread(engine, test)
 
 
 def test_one_that_moved_can_be_cancelled_at_once(engine):
