@@ -66,9 +66,11 @@ class HashedWords(Embeddings):
 
 
 def load_sections():
-    """The documents without their code, cut at their headings."""
+    """The documents without their code, cut at their headings; but for the pages that are tables of results."""
     pages = {
-        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        path.name: path.read_text(encoding="utf-8")
+        for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        if path.name not in ("performance.md", "architectures.md")
     }
     return [
         Document(section[:SECTION_CHARS], metadata={"page": name})
