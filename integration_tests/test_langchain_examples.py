@@ -58,8 +58,7 @@ def test_rag_chain_reads_a_section_once_and_answers_as_without_a_cache(run_examp
     assert {same for *_, same in questions} == {"yes"}
     assert total == [sum(row[1] for row in questions), sum(row[2] for row in questions), "yes"]
     # Of the first to find a section, nearly all is read; of the others, the question and what doesn't fill a block.
-    # How many find the same changes with the documents.
-    assert sum(prefilled < prompt / 2 for _, prompt, prefilled, _ in questions) >= 4
+    assert sum(prefilled < prompt / 2 for _, prompt, prefilled, _ in questions) >= 5
 
 
 def test_structured_output_is_of_the_schema_and_shares_its_examples(run_example):

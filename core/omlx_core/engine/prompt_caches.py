@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from omlx_core.mlx_backend import mx
@@ -31,10 +32,13 @@ def fork_prompt_cache(prompt_cache: PromptCache) -> PromptCache:
     return rebuild(prompt_cache, forked)
 
 
-def when_filled(prompt_cache: PromptCache) -> mx.array:
-    """An array that is computed once all layers are, and shares no memory with them: to hold it costs nothing."""
-    arrays = [item for _, item in tree_flatten([layer.state for layer in prompt_cache]) if isinstance(item, mx.array)]
-    filled = [array for array in arrays if array.size]
+def when_filled(states: Sequence[Any]) -> mx.array:
+    """An array that is computed once all layers are, and shares no memory with them: to hold it costs nothing.
+
+    Args:
+        states: of each layer's cache, its `state`.
+    """
+    filled = [item for _, item in tree_flatten(states) if isinstance(item, mx.array) and item.size]
     if not filled:
         return mx.array(True)
     element = filled[-1][(0,) * filled[-1].ndim]

@@ -355,8 +355,9 @@ class Scheduler:
             self._model(mx.array(token_ids)[None], cache=prompt_cache)
             if not request.num_computed:
                 self._prompt_caches.reserve(prompt_cache, request.capacity_tokens)
-            end = when_filled(prompt_cache)
-            mx.async_eval([layer.state for layer in prompt_cache], end)
+            states = [layer.state for layer in prompt_cache]
+            end = when_filled(states)
+            mx.async_eval(states, end)
             request.steps_under_way.append(end)
         request.num_computed += len(token_ids)
         self._prefixes.computed(request, token_ids)

@@ -67,6 +67,7 @@ class DecodingSequence:
         next_token: the token that follows them, shape ``[1]``; it may be under way.
         next_logprobs: what it was drawn from; None for the prompt's last token.
         num_generated: tokens given out so far.
+        context: what processors look at; None until one does.
     """
 
     prompt_cache: list[Any]
@@ -77,6 +78,7 @@ class DecodingSequence:
     next_token: mx.array
     next_logprobs: mx.array | None = None
     num_generated: int = 0
+    context: TokenBuffer | None = None
 
     def draw(self, known: mx.array | None, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The token after `known`, shape ``[1]``, and the log-probabilities that it was drawn from, ``[vocab]``.
@@ -120,7 +122,6 @@ class SequentialBatch:
         self._prepare_step = prepare_step
         self._stop_tokens = frozenset(stop_tokens)
         self._sequences: dict[int, DecodingSequence] = {}
-        self._contexts: dict[DecodingSequence, TokenBuffer] = {}  # what processors look at
         self._num_inserted = 0
 
     def insert_segments(
@@ -176,9 +177,7 @@ class SequentialBatch:
         """Nothing is held."""
 
     def _drop(self, uid: int) -> None:
-        sequence = self._sequences.pop(uid)
-        self._contexts.pop(sequence, None)
-        self._forget(sequence)
+        self._forget(self._sequences.pop(uid))
 
     def _step(self, uid: int, sequence: DecodingSequence) -> Any:
         if sequence.next_logprobs is None:
@@ -206,9 +205,9 @@ class SequentialBatch:
         logits = self._model(sequence.next_token[None], cache=sequence.prompt_cache)[:, -1, :]
         known = None
         if sequence.processors:
-            if sequence not in self._contexts:
-                self._contexts[sequence] = TokenBuffer(sequence.token_ids)
-            known = self._contexts[sequence].update_and_fetch(sequence.next_token)
+            if sequence.context is None:
+                sequence.context = TokenBuffer(sequence.token_ids)
+            known = sequence.context.update_and_fetch(sequence.next_token)
         sequence.next_token, sequence.next_logprobs = sequence.draw(known, logits)
 
     def _forget(self, sequence: DecodingSequence) -> None:

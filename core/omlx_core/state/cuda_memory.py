@@ -16,7 +16,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-_IS_MANAGED, _DEVICE_ORDINAL = 8, 9  # of CUpointer_attribute
+_IS_MANAGED = 8  # of CUpointer_attribute
 _NON_BLOCKING = 1  # of CUstream_flags: MLX's streams must not wait for this one
 
 
