@@ -51,7 +51,7 @@ def hash_block(
         OverflowError: a token id doesn't fit 32 bits.
         TypeError: a token id isn't an integer.
     """
-    tokens = _as_uint32(token_ids)
+    tokens = as_uint32(token_ids)
     # The lengths keep (tokens, keys) apart from any other split of the same bytes.
     content = [parent, len(tokens).to_bytes(4, "little"), tokens.tobytes()]
     for key in extra_keys:
@@ -61,10 +61,13 @@ def hash_block(
 
 
 def iter_block_hashes(
-    namespace: NamespaceHash, token_ids: Sequence[int], block_size: int, extra_keys: Sequence[str] = ()
+    namespace: NamespaceHash,
+    token_ids: Sequence[int] | np.ndarray,
+    block_size: int,
+    extra_keys: Sequence[str] = (),
 ) -> Iterator[BlockHash]:
     """Yield the chain hash of each full block of ``token_ids``, lazily: a miss at block 1 hashes no block 2."""
-    tokens = _as_uint32(token_ids)
+    tokens = as_uint32(token_ids)
     parent: BlockHash | NamespaceHash = namespace
     for start in range(0, len(tokens) - block_size + 1, block_size):
         block_hash = hash_block(parent, tokens[start : start + block_size], extra_keys)
@@ -72,10 +75,14 @@ def iter_block_hashes(
         parent = block_hash
 
 
-def _as_uint32(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+def as_uint32(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """Token ids as little-endian 32-bit integers; what would wrap around or be rounded is refused.
 
     A cast alone isn't enough: of arrays, and with NumPy 1 of lists too, it silently gives another sequence.
+
+    Raises:
+        OverflowError: a token id doesn't fit 32 bits.
+        TypeError: a token id isn't an integer.
     """
     if isinstance(token_ids, (list, tuple)):
         # Several times faster than NumPy, which looks at every element to find a type; out of range is told below.

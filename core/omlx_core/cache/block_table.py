@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from omlx_core.cache.block_hash import BlockHash
@@ -18,7 +19,7 @@ class BlockTable:
 
     Attributes:
         extra_keys: what besides tokens is hashed, such as a cache salt.
-        token_ids: the tokens covered by `blocks`.
+        token_ids: the tokens covered by `blocks`, of type uint32.
         blocks: the blocks, each held by one reference of this table.
         num_committed: how many leading blocks are published.
         num_saved: how many leading blocks the SSD tier has, or has taken in hand; `TieredCache` keeps count.
@@ -27,7 +28,7 @@ class BlockTable:
     """
 
     extra_keys: tuple[str, ...] = ()
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
     blocks: list[CacheBlock] = field(default_factory=list)
     num_committed: int = 0
     num_saved: int = 0

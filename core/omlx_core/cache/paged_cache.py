@@ -9,11 +9,14 @@ common partial block copies it (copy-on-write).
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from omlx_core.cache.block_hash import BlockHash, NamespaceHash, hash_block, iter_block_hashes
+import numpy as np
+
+from omlx_core.cache.block_hash import BlockHash, NamespaceHash, as_uint32, hash_block, iter_block_hashes
 from omlx_core.cache.block_pool import BlockPool, CacheBlock
 from omlx_core.cache.block_table import BlockTable, FullBlock
 from omlx_core.cache.block_tree import BlockTree, ChildBlock
@@ -113,16 +116,18 @@ class PagedCacheManager:
         Returns:
             A table of full, committed blocks: to be given back with `free_block_table`.
         """
-        limit = len(token_ids) if max_tokens is None else min(max_tokens, len(token_ids))
         table = BlockTable(extra_keys)
-        reusable = token_ids[: limit - limit % self.block_size]
+        # One walk over the caller's integers, which lie scattered: each more costs as much as all the rest.
+        tokens = as_uint32(token_ids)
+        reusable = tokens if max_tokens is None else tokens[: max(max_tokens, 0)]
         for block_hash in self.block_hashes(reusable, extra_keys):
             block = self._acquire(block_hash)
             if block is None:
                 break
             table.blocks.append(block)
         table.num_committed = len(table.blocks)
-        table.token_ids = list(reusable[: table.num_committed * self.block_size])
+        matched = reusable[: table.num_committed * self.block_size]
+        table.token_ids = array("I", matched.astype("u4", copy=False).tobytes())
         return table
 
     def append_tokens(self, table: BlockTable, token_ids: Iterable[int]) -> None:
@@ -130,16 +135,21 @@ class PagedCacheManager:
 
         Raises:
             BlockPoolExhaustedError: the pool may not grow; the tokens that fitted stay.
+            OverflowError: a token id doesn't fit 32 bits; nothing is added.
         """
+        tokens = array("I", token_ids)
+        num_added = 0
         with self._lock:
-            for token_id in token_ids:
+            while num_added < len(tokens):
                 filled = table.num_tokens % self.block_size
                 if filled == 0:
                     table.blocks.append(self._pool.allocate())
                 elif table.blocks[-1].ref_count > 1:
                     table.blocks[-1] = self._cow_copy_block(table.blocks[-1])
-                table.token_ids.append(token_id)
-                table.blocks[-1].num_tokens = filled + 1
+                added = tokens[num_added : num_added + self.block_size - filled]
+                table.token_ids += added
+                table.blocks[-1].num_tokens = filled + len(added)
+                num_added += len(added)
 
     def next_full_block(self, table: BlockTable) -> FullBlock | None:
         """The first block of a table that has filled but isn't published, or None.
@@ -163,7 +173,9 @@ class PagedCacheManager:
             block = self._pool.get(block_hash)
             return block is not None and block.payload is not None
 
-    def block_hashes(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Iterator[BlockHash]:
+    def block_hashes(
+        self, token_ids: Sequence[int] | np.ndarray, extra_keys: tuple[str, ...] = ()
+    ) -> Iterator[BlockHash]:
         """The names of a sequence's full blocks, lazily."""
         return iter_block_hashes(self._namespace, token_ids, self.block_size, extra_keys)
 
@@ -302,7 +314,7 @@ class PagedCacheManager:
                 self._pool.acquire(block)
         return BlockTable(
             table.extra_keys,
-            list(table.token_ids),
+            table.token_ids[:],
             list(table.blocks),
             num_committed=table.num_committed,
             num_saved=table.num_saved,
@@ -335,7 +347,7 @@ class PagedCacheManager:
         with self._lock:
             self._release_blocks(table, 0)
         table.blocks.clear()
-        table.token_ids.clear()
+        del table.token_ids[:]
         table.num_committed = table.num_saved = 0
 
     def stats(self) -> HotCacheStats:

@@ -98,7 +98,7 @@ class PinnedPrefixes:
                 table
                 for table in self._tables
                 if token_ids is None
-                or (table.extra_keys == extra_keys and table.token_ids == list(token_ids[: table.num_tokens]))
+                or (table.extra_keys == extra_keys and list(table.token_ids) == list(token_ids[: table.num_tokens]))
             ]
             self._tables = [table for table in self._tables if table not in released]
         for table in released:

@@ -408,24 +408,24 @@ class TieredCache:
             return self._ssd.read_layout(first.block_hash)  # not kept: only a whole file is verified
         return self._layout if first.payload is None else first.payload.layout
 
-    def _tokens_of(self, table: BlockTable, position: int) -> list[int]:
+    def _tokens_of(self, table: BlockTable, position: int) -> Sequence[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
 
     def _hand_over(self, table: BlockTable, ssd: PagedSSDCacheManager) -> bool:
         """Have the SSD tier take in hand what it lacks of a table's published blocks, in order.
 
         Returns:
-            False if its queue is full now, so that trying again makes sense. What it refuses for another reason, or
-            what is no longer in RAM, ends the chain there.
+            False if its queue is full now, so that trying again makes sense. What it refuses for another reason ends
+            the chain there.
         """
         while table.num_saved < table.num_committed:
             position = table.num_saved
             block = table.blocks[position]
             if block.block_hash is None:
                 raise CacheInvariantError(f"block {position} of {table.num_committed} published ones has no hash")
-            if not ssd.has_block(block.block_hash):
-                if block.payload is None:
-                    return True
+            # What isn't in RAM came from there. To ask again, beside the reads that `match` has begun, takes long; and
+            # should it be lost, what follows is refused for want of its parent.
+            if block.payload is not None and not ssd.has_block(block.block_hash):
                 parent_hash = table.blocks[position - 1].block_hash if position else None
                 tokens = self._tokens_of(table, position)
                 if not self._save(ssd, block.block_hash, parent_hash, tokens, block.payload):
