@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import CacheEvent, EventBus
 from omlx_core.cache.paged_cache import PagedCacheManager
 from omlx_core.cache.parts import CHECKPOINT, ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
-from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor, InPlace, LoadedRows, RowBuffers
+from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, BlockTensor, InPlace, LoadedBlock, Place
 from omlx_core.cache.pending_restore import PendingRestore
 from omlx_core.cache.ssd_cache import PagedSSDCacheManager, SSDCacheStats
 from omlx_core.cache.ssd_layout import block_path
@@ -78,11 +78,11 @@ class FakeColdTier:
         stored_ids, payload = self.blocks[block_hash]
         return payload if stored_ids == tuple(token_ids) else None
 
-    def load_rows(
-        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: RowBuffers, position: int
-    ) -> LoadedRows | None:
+    def load_block_into(
+        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: BlockBuffers, place: Place
+    ) -> LoadedBlock | None:
         payload = self.load_block(block_hash, token_ids)
-        segments = None if payload is None else buffers.segments(position, payload.layout)
+        segments = None if payload is None else buffers.segments(place, payload.layout)
         if payload is None or segments is None:
             return payload
         data = b"".join(tensor.data for tensor in payload.tensors.values())
@@ -747,29 +747,35 @@ class Places:
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
         self.layout = layout
         self.memory = bytearray(num_blocks * BLOCK_BYTES)
-        self.prepared: list[int] = []
-        self.asked: list[int] = []
-        self.completed: list[int] = []
+        self.prepared: list[Place] = []
+        self.asked: list[Place] = []
+        self.completed: list[Place] = []
 
-    def prepare(self, position: int) -> None:
-        self.prepared.append(position)
+    def layout_of(self, place: Place) -> BlockLayout:
+        return self.layout
 
-    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
-        assert position in self.prepared
-        if layout != self.layout:
+    def prepare(self, place: Place) -> None:
+        self.prepared.append(place)
+
+    def segments(self, place: Place, layout: BlockLayout) -> Sequence[memoryview] | None:
+        assert place in self.prepared
+        if layout != self.layout or not isinstance(place, int):
             return None
-        self.asked.append(position)
-        start = position * BLOCK_BYTES
+        self.asked.append(place)
+        start = place * BLOCK_BYTES
         return [memoryview(self.memory)[start : start + 5], memoryview(self.memory)[start + 5 : start + BLOCK_BYTES]]
 
-    def complete(self, position: int) -> None:
-        self.completed.append(position)
+    def complete(self, place: Place) -> None:
+        self.completed.append(place)
 
 
 def read_to_places(
     cache: TieredCache, prompt: Sequence[int], earlier: PendingRestore | None = None
 ) -> tuple[PendingRestore, Places]:
-    pending = cache.match(prompt, allocate=lambda layout, _: Places(layout, len(prompt) // BLOCK_SIZE), earlier=earlier)
+    def allocate(unread: Mapping[Place, BlockLayout]) -> Places:
+        return Places(next(iter(unread.values())), len(prompt) // BLOCK_SIZE)
+
+    pending = cache.match(prompt, allocate=allocate, earlier=earlier)
     assert isinstance(pending.buffers, Places)
     return pending, pending.buffers
 

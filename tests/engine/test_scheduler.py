@@ -50,14 +50,14 @@ class HeldReads:
 
     def __init__(self, engine, monkeypatch):
         self.begun, self.let_go = threading.Event(), threading.Event()
-        load_rows = engine.cache.ssd.load_rows
+        load_block_into = engine.cache.ssd.load_block_into
 
         def held(*args):
             self.begun.set()
             assert self.let_go.wait(30)
-            return load_rows(*args)
+            return load_block_into(*args)
 
-        monkeypatch.setattr(engine.cache.ssd, "load_rows", held)
+        monkeypatch.setattr(engine.cache.ssd, "load_block_into", held)
 
 
 @pytest.fixture

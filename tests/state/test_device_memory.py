@@ -10,6 +10,7 @@ from tiny_prompts import BLOCK_SIZE, tokens
 from omlx_core import CacheSettings, Engine
 from omlx_core.state import prompt_state
 from omlx_core.state.arrays import DeviceCopy, to_payloads
+from omlx_core.state.packed_blocks import PackedRows
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_answers_are_the_same_from_ram_and_ssd(make, device_memory, tmp_path):
     model, prompt = make(), tokens(10 * BLOCK_SIZE + 5)
     with Engine(model, cache=CacheSettings(no_cache=True)) as engine:
         cold = engine.generate(prompt, max_tokens=8, logprobs=True)
-    for _ in range(2):
+    for has_read in (False, True):
         with Engine(model, cache=CacheSettings(block_size=BLOCK_SIZE, paged_ssd_cache_dir=tmp_path)) as engine:
             for _ in range(2):
                 warm = engine.generate(prompt, max_tokens=8, logprobs=True)
@@ -57,8 +58,11 @@ def test_answers_are_the_same_from_ram_and_ssd(make, device_memory, tmp_path):
             assert warm.usage.cached_tokens_hot == 10 * BLOCK_SIZE
             assert engine.cache.flush()
             held = [block.payload for block in engine.cache._paged._pool._blocks if block.payload is not None]
-            sources = [tensor.source for payload in held for tensor in payload.tensors.values()]
+            tensors = [tensor for payload in held for tensor in payload.tensors.values()]
+            sources = [tensor.source for tensor in tensors]
             assert {type(source) for source in sources} == {DeviceCopy}
+            # All that was read, windows and checkpoints as well as rows, is in the few arrays that it was read to.
+            assert not has_read or {type(tensor.array) for tensor in tensors} == {PackedRows}
             assert {source._copy for source in sources} == {None}
     assert device_memory[True] > 0
     assert device_memory[False] == 0

@@ -69,7 +69,7 @@ def test_hot_and_cold_blocks_come_together_bit_for_bit_and_cold_ones_are_kept(dt
     layers = make_layers(dtype)
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 5)
-    buffers = codec.allocate(payloads[0].layout, [1, 4], 100)
+    buffers = codec.allocate(dict.fromkeys([1, 4], payloads[0].layout), capacity=100)
     buffers.prepare(0)
     assert buffers.segments(0, payloads[0].layout) is None
     for position in (1, 4):
@@ -103,7 +103,7 @@ def test_blocks_of_another_layout_are_not_joined():
     codec = PromptStateCodec([filled_layer(32)], BLOCK_SIZE)
     [payload] = capture(codec, [filled_layer(32)], 1)
     [other] = capture(codec, [filled_layer(32, dtype=mx.float16)], 1)
-    buffers = PackedBlocks(payload.layout, [0])
+    buffers = PackedBlocks({0: payload.layout})
     buffers.prepare(0)
     assert buffers.segments(0, other.layout) is None
     with pytest.raises(CacheInvariantError, match="block 1 is of another layout"):

@@ -49,7 +49,7 @@ def test_hot_and_cold_blocks_come_together_bit_for_bit(dtype, num_threads, monke
     layers = [filled_layer(80, dtype=dtype, seed=i, value_dim=4) for i in range(3)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 5)
-    buffers = codec.allocate(payloads[0].layout, (), 100)
+    buffers = codec.allocate({0: payloads[0].layout}, capacity=100)
     for position in (1, 4):
         read_to(buffers, position, payloads[position])
     rows = [InPlace.IN_PLACE if position in (1, 4) else payload for position, payload in enumerate(payloads)]
@@ -66,7 +66,7 @@ def test_composed_layers_and_layers_without_elements_are_put_together():
     layers = [CacheList(filled_layer(32), filled_layer(32, seed=5, value_dim=0)), filled_layer(32, heads=1, seed=9)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 2)
-    buffers = codec.allocate(payloads[0].layout, (), 33)
+    buffers = codec.allocate({0: payloads[0].layout}, capacity=33)
     for position, payload in enumerate(payloads):
         read_to(buffers, position, payload)
     restored, _ = codec.restore(PrefixContent([InPlace.IN_PLACE] * 2, {}, buffers), num_tokens=32, capacity=33)
@@ -82,7 +82,7 @@ def test_what_was_in_memory_never_reaches_attention(dtype, stale_memory):
     layers = [filled_layer(48, dtype=dtype)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 3)
-    buffers = codec.allocate(payloads[0].layout, (), 300)
+    buffers = codec.allocate({0: payloads[0].layout}, capacity=300)
     read_to(buffers, 0, payloads[0])
     # The second block came and went, as one that was found damaged after it had been read.
     buffers.segments(1, payloads[1].layout)[0][:] = b"\xff" * len(buffers.segments(1, payloads[1].layout)[0])
@@ -116,7 +116,7 @@ def test_the_first_tokens_after_a_restore_are_written_without_a_copy_of_the_rest
     layers = [filled_layer(4096, heads=4, dim=64, value_dim=64)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payloads = capture(codec, layers, 256)
-    buffers = codec.allocate(payloads[0].layout, (), 4200)
+    buffers = codec.allocate({0: payloads[0].layout}, capacity=4200)
     for position, payload in enumerate(payloads):
         read_to(buffers, position, payload)
     [layer], _ = codec.restore(PrefixContent([InPlace.IN_PLACE] * 256, {}, buffers), num_tokens=4096, capacity=4200)
@@ -132,7 +132,7 @@ def test_blocks_of_another_layout_have_no_place():
     layers = [filled_layer(32)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     [payload] = capture(codec, layers, 1)
-    buffers = codec.allocate(payload.layout, (), 40)
+    buffers = codec.allocate({0: payload.layout}, capacity=40)
     [other] = capture(PromptStateCodec(layers, BLOCK_SIZE), [filled_layer(32, dtype=mx.float16)], 1)
     assert buffers.segments(0, other.layout) is None
     assert buffers.segments(16, payload.layout) is None  # behind the 256 rows that there are
@@ -151,9 +151,10 @@ def test_rows_are_joined_where_they_can_not_be_put_in_place(monkeypatch):
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     [payload, _] = payloads = capture(codec, layers, 2)
     quantized = QuantizedHandler(KVQuantization(bits=8, group_size=32, start_tokens=1024))
-    assert PromptStateCodec(layers, BLOCK_SIZE, find=lambda _: quantized).allocate(payload.layout, (), 40) is None
+    joining = PromptStateCodec(layers, BLOCK_SIZE, find=lambda _: quantized)
+    assert joining.allocate({0: payload.layout}, capacity=40) is None
     odd = BlockPayload({"0.keys": BlockTensor("F32", (2,), memoryview(bytes(8)))})
-    assert codec.allocate(odd.layout, (), 40) is None
+    assert codec.allocate({0: odd.layout}, capacity=40) is None
     monkeypatch.setattr(RowArrays, "fits", lambda *_: False)
     blocks = to_payloads([{name: mx.array(seen(each)) for name, each in p.tensors.items()} for p in payloads])
     [joined], _ = codec.restore(PrefixContent(blocks, {}), num_tokens=32, capacity=40)
@@ -164,6 +165,6 @@ def test_rows_are_joined_where_they_can_not_be_put_in_place(monkeypatch):
 
 def test_places_are_not_writable_through_views_once_the_arrays_are_taken():
     arrays = RowArrays({"0.keys": BlockTensor("F32", (1, 1, 16, 2), memoryview(bytes(128))).spec}, BLOCK_SIZE, 32)
-    assert len(arrays.segments(0, arrays.layout)) == 1
+    assert len(arrays.segments(0, arrays.layout_of(0))) == 1
     arrays.take()
-    assert arrays.segments(0, arrays.layout) == []
+    assert arrays.segments(0, arrays.layout_of(0)) == []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
 from omlx_core.cache.block_hash import BlockHash
-from omlx_core.cache.payload import BlockPayload, LoadedRows, RowBuffers, layout_size_bytes
+from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, LoadedBlock, layout_size_bytes
 
 Part = NewType("Part", str)
 
@@ -47,21 +47,26 @@ class PrefixContent:
     Attributes:
         rows: the rows of each block, in order.
         parts: the parts that a restore of these blocks needs.
-        buffers: where those rows are that say ``IN_PLACE``.
+        buffers: where that is which says ``IN_PLACE``.
     """
 
-    rows: Sequence[LoadedRows]
-    parts: Mapping[PartKey, BlockPayload]
-    buffers: RowBuffers | None = None
+    rows: Sequence[LoadedBlock]
+    parts: Mapping[PartKey, LoadedBlock]
+    buffers: BlockBuffers | None = None
 
     @property
     def in_place(self) -> list[int]:
         """The positions whose rows are in `buffers`."""
         return [position for position, rows in enumerate(self.rows) if not isinstance(rows, BlockPayload)]
 
+    @property
+    def rows_layout(self) -> BlockLayout:
+        """What the tensors of the rows in `buffers` are, which have one layout; empty if there are none."""
+        return self.buffers.layout_of(self.in_place[0]) if self.buffers is not None and self.in_place else {}
+
     def size_bytes(self, start: int = 0, stop: int | None = None) -> int:
         """Size of the rows of some blocks in bytes."""
-        in_place_bytes = 0 if self.buffers is None else layout_size_bytes(self.buffers.layout)
+        in_place_bytes = layout_size_bytes(self.rows_layout)
         return sum(
             rows.size_bytes if isinstance(rows, BlockPayload) else in_place_bytes for rows in self.rows[start:stop]
         )

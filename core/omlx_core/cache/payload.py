@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -111,35 +111,38 @@ class BlockPayload:
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
 
-class RowBuffers(Protocol):
-    """Memory in which the rows of a prefix's blocks are put together, each at its final place."""
+Place = Hashable
+"""What of a prefix a block is: the position of its rows, or the key of another part."""
 
-    @property
-    def layout(self) -> BlockLayout:
-        """What the tensors of the blocks are that have a place there."""
+
+class BlockBuffers(Protocol):
+    """Memory in which what is read of a prefix is put, each block at its final place."""
+
+    def layout_of(self, place: Place) -> BlockLayout:
+        """What the tensors of the block are that belongs there."""
         ...
 
-    def prepare(self, position: int) -> None:
+    def prepare(self, place: Place) -> None:
         """Have the memory of a block ready to be written to. Called by the thread that made this, before its read."""
         ...
 
-    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
+    def segments(self, place: Place, layout: BlockLayout) -> Sequence[memoryview] | None:
         """Where the bytes of a block's tensors belong: writable, in the order of `layout` and of their elements.
 
         None if a block of that layout has no place there. Any thread may ask, and write.
         """
         ...
 
-    def complete(self, position: int) -> None:
+    def complete(self, place: Place) -> None:
         """A block's bytes are all there, and proven. Called by the thread that read them."""
         ...
 
 
 class InPlace(enum.Enum):
-    """Says that a block's content is in `RowBuffers` already."""
+    """Says that a block's content is in `BlockBuffers` already."""
 
     IN_PLACE = "in place"
 
 
-LoadedRows = BlockPayload | InPlace
-"""The rows of a block, by themselves or put in their place."""
+LoadedBlock = BlockPayload | InPlace
+"""The content of a block, by itself or put in its place."""

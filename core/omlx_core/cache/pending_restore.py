@@ -9,10 +9,9 @@ from typing import Any
 
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import PartKey, PrefixContent
-from omlx_core.cache.payload import BlockPayload, LoadedRows, RowBuffers
+from omlx_core.cache.payload import BlockBuffers, LoadedBlock
 
-Content = BlockPayload | Future[BlockPayload | None]
-RowsContent = LoadedRows | Future[LoadedRows | None]
+Content = LoadedBlock | Future[LoadedBlock | None]
 
 
 class PendingRestore:
@@ -23,16 +22,16 @@ class PendingRestore:
         num_matched_blocks: how many blocks of the prompt a tier has; those behind the table's lack a part.
         rows: the rows of each block, or the read that gets them.
         parts: the parts that a restore needs, or the reads.
-        buffers: where rows that are read go; None if each has memory of its own.
+        buffers: where what is read goes; None if each block has memory of its own.
     """
 
     def __init__(
         self,
         table: BlockTable,
         num_matched_blocks: int,
-        rows: Sequence[RowsContent],
+        rows: Sequence[Content],
         parts: Mapping[PartKey, Content],
-        buffers: RowBuffers | None = None,
+        buffers: BlockBuffers | None = None,
     ) -> None:
         self.table = table
         self.num_matched_blocks = num_matched_blocks
@@ -66,16 +65,14 @@ class PendingRestore:
 
         Waits for all reads: none may write to the buffers any more once they are in use.
         """
-        loaded: list[LoadedRows | None] = [
+        loaded: list[LoadedBlock | None] = [
             content.result() if isinstance(content, Future) else content for content in self.rows
         ]
         rows = [rows for rows in itertools.takewhile(lambda rows: rows is not None, loaded) if rows is not None]
         parts = {
             key: content.result() if isinstance(content, Future) else content for key, content in self.parts.items()
         }
-        return PrefixContent(
-            rows, {key: payload for key, payload in parts.items() if payload is not None}, self.buffers
-        )
+        return PrefixContent(rows, {key: part for key, part in parts.items() if part is not None}, self.buffers)
 
     def _futures(self) -> list[Future[Any]]:
         return [content for content in (*self.rows, *self.parts.values()) if isinstance(content, Future)]
@@ -88,6 +85,6 @@ def lost() -> Future[Any]:
     return future
 
 
-def is_lost(content: RowsContent | Content) -> bool:
+def is_lost(content: Content) -> bool:
     """Whether content is known not to be had; not that which is still being read."""
     return isinstance(content, Future) and content.done() and (content.cancelled() or content.result() is None)

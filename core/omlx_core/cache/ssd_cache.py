@@ -29,7 +29,7 @@ from omlx_core.cache.block_tree import ChildBlock
 from omlx_core.cache.events import EventBus
 from omlx_core.cache.neighbour import Neighbour, nearest_of
 from omlx_core.cache.parts import ROWS, Part
-from omlx_core.cache.payload import BlockLayout, BlockPayload, InPlace, LoadedRows, RowBuffers
+from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, InPlace, LoadedBlock, Place
 from omlx_core.cache.quantized_payload import dequantize
 from omlx_core.cache.ssd_budget import DiskBudget, DiskLimits
 from omlx_core.cache.ssd_check import CheckReport
@@ -107,7 +107,7 @@ class PagedSSDCacheManager:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether files hold rows as they are used, so that `load_rows` can put them in their place."""
+        """Whether files hold rows as they are used, so that `load_block_into` can put them in their place."""
         return not self._quantizes
 
     def has_block(self, block_hash: BlockHash) -> bool:
@@ -166,9 +166,9 @@ class PagedSSDCacheManager:
             raise CacheInvariantError(f"block {block_hash.hex()} went where no memory was given")
         return loaded
 
-    def load_rows(
-        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: RowBuffers, position: int
-    ) -> LoadedRows | None:
+    def load_block_into(
+        self, block_hash: BlockHash, token_ids: Sequence[int], buffers: BlockBuffers, place: Place
+    ) -> LoadedBlock | None:
         """As `load_block`, but the content goes to its place in `buffers`, unless it is in RAM or has no place there.
 
         Rows in eight bits have none.
@@ -176,12 +176,12 @@ class PagedSSDCacheManager:
         Args:
             block_hash: the block's name.
             token_ids: its tokens.
-            buffers: where its rows go; after a miss they may hold some of what was read.
-            position: the block's place in the prefix.
+            buffers: where it goes; after a miss they may hold some of what was read.
+            place: the block's place in the prefix.
         """
-        loaded = self._load(block_hash, token_ids, partial(buffers.segments, position))
+        loaded = self._load(block_hash, token_ids, partial(buffers.segments, place))
         if loaded is InPlace.IN_PLACE:
-            buffers.complete(position)
+            buffers.complete(place)
         return loaded
 
     def read_layout(self, block_hash: BlockHash) -> BlockLayout | None:
@@ -200,7 +200,7 @@ class PagedSSDCacheManager:
         block_hash: BlockHash,
         token_ids: Sequence[int],
         place: Callable[[BlockLayout], Sequence[memoryview] | None],
-    ) -> LoadedRows | None:
+    ) -> LoadedBlock | None:
         queued = None if self._writer is None else self._writer.queued.get(block_hash)
         if queued is not None:
             return queued.payload if queued.token_ids == tuple(token_ids) else None

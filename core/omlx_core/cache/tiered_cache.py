@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,9 +21,9 @@ from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.neighbour import Neighbour
 from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
-from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
-from omlx_core.cache.payload import BlockLayout, BlockPayload, RowBuffers, layout_size_bytes
-from omlx_core.cache.pending_restore import Content, PendingRestore, RowsContent, is_lost, lost
+from omlx_core.cache.parts import PARTS, ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
+from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, Place, layout_size_bytes
+from omlx_core.cache.pending_restore import Content, PendingRestore, is_lost, lost
 from omlx_core.cache.pins import Needs, PinnedPrefix, PinnedPrefixes
 from omlx_core.cache.prefix_lookup import PrefixLookup
 from omlx_core.cache.promotion import Promoter
@@ -50,8 +50,8 @@ CaptureBlock = Callable[[int, int, bool], CapturedBlock | None]
 """Copies the tokens ``[start, stop)`` of a running sequence; without rows if the last argument says that RAM has them.
 None if they can't be had any more."""
 
-Allocate = Callable[[BlockLayout, Sequence[int]], RowBuffers | None]
-"""Memory for the rows of blocks of that layout at these positions; None if each is to have memory of its own."""
+Allocate = Callable[[Mapping[Place, BlockLayout]], BlockBuffers | None]
+"""Memory for what is to be read, of these layouts; None if each block is to have memory of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class TieredCache:
         self._wake: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="omlx-read") if ssd else None
         self._promoter = Promoter(paged, ssd) if ssd else None
-        self._layout: BlockLayout | None = None
+        self._layouts: dict[Part, BlockLayout] = {}
         self._matched_tokens_hot = 0
         self._matched_tokens_cold = 0
         self._missed_tokens = 0
@@ -149,7 +149,7 @@ class TieredCache:
             needs: the parts, besides rows, that a restore of that many blocks needs. The prefix is cut to where a
                 tier has all of them.
             max_tokens: reuse no more than this; None leaves one token.
-            allocate: where rows that have to be read are to go. Called at most once, if there are any.
+            allocate: where what has to be read is to go. Called at most once, if there is anything.
             earlier: a match of the same prompt that this one takes the place of, not yet released: what it has read,
                 or is reading, is not read again.
 
@@ -166,12 +166,10 @@ class TieredCache:
             earlier.cancel()
             earlier = None
         buffers = earlier.buffers if earlier is not None else None
-        unread = [position for position, block in enumerate(table.blocks) if block.payload is None]
-        if buffers is None and allocate is not None and unread:
-            layout = self._find_layout(table)
-            buffers = allocate(layout, unread) if layout is not None else None
+        if buffers is None and allocate is not None and (unread := self._unread(table)):
+            buffers = allocate(unread)
         rows = [self._rows(table, position, buffers, earlier) for position in range(len(table.blocks))]
-        parts = {key: self._part(block, key, earlier) for key, block in table.parts.items()}
+        parts = {key: self._part(block, key, buffers, earlier) for key, block in table.parts.items()}
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
             # be continued on SSD, where a child is written only after its parent.
@@ -196,8 +194,7 @@ class TieredCache:
         self._paged.truncate(table, len(content.rows))
         num_hot = pending.num_hot_blocks
         num_cold = len(content.rows) - num_hot
-        if content.buffers is not None and content.in_place:
-            self._layout = content.buffers.layout  # as verified files have it
+        self._remember_layouts(content)
         self._events.publish("hit", "hot", num_blocks=num_hot, size_bytes=content.size_bytes(0, num_hot))
         self._events.publish("hit", "cold", num_blocks=num_cold, size_bytes=content.size_bytes(num_hot))
         num_missed = (num_prompt_tokens - table.num_tokens) // self.block_size
@@ -215,10 +212,11 @@ class TieredCache:
         for block, rows in zip(table.blocks, content.rows, strict=True):
             if isinstance(rows, BlockPayload):
                 self._paged.promote(block, rows)
-        for key, payload in content.parts.items():
-            self._paged.promote(table.parts[key], payload)
-        if content.buffers is not None and content.in_place and self._promoter is not None:
-            self._promoter.submit(table, content.in_place, layout_size_bytes(content.buffers.layout))
+        for key, part in content.parts.items():
+            if isinstance(part, BlockPayload):
+                self._paged.promote(table.parts[key], part)
+        if content.in_place and self._promoter is not None:
+            self._promoter.submit(table, content.in_place, layout_size_bytes(content.rows_layout))
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks; see `PagedCacheManager.fork_block_table`. To be released, too."""
@@ -372,41 +370,65 @@ class TieredCache:
         self._paged.close()
 
     def _rows(
-        self, table: BlockTable, position: int, buffers: RowBuffers | None, earlier: PendingRestore | None
-    ) -> RowsContent:
+        self, table: BlockTable, position: int, buffers: BlockBuffers | None, earlier: PendingRestore | None
+    ) -> Content:
         if earlier is not None and position < len(earlier.rows) and isinstance(earlier.rows[position], Future):
             return earlier.rows[position]
         block = table.blocks[position]
-        if block.payload is not None:
-            return block.payload
-        if self._ssd is None or self._readers is None or block.block_hash is None:
-            return lost()
-        tokens = self._tokens_of(table, position)
-        if buffers is None:
-            return self._readers.submit(self._ssd.load_block, block.block_hash, tokens)
-        buffers.prepare(position)
-        return self._readers.submit(self._ssd.load_rows, block.block_hash, tokens, buffers, position)
+        return self._content(block, position, self._tokens_of(table, position), buffers)
 
-    def _part(self, block: CacheBlock, key: PartKey, earlier: PendingRestore | None) -> Content:
+    def _part(
+        self, block: CacheBlock, key: PartKey, buffers: BlockBuffers | None, earlier: PendingRestore | None
+    ) -> Content:
         if earlier is not None and isinstance(earlier.parts.get(key), Future):
             return earlier.parts[key]
+        return self._content(block, key, (), buffers)
+
+    def _content(
+        self, block: CacheBlock, place: Place, token_ids: Sequence[int], buffers: BlockBuffers | None
+    ) -> Content:
+        """What a block holds, or the read that gets it."""
         if block.payload is not None:
             return block.payload
         if self._ssd is None or self._readers is None or block.block_hash is None:
             return lost()
-        return self._readers.submit(self._ssd.load_block, block.block_hash, ())
+        if buffers is None:
+            return self._readers.submit(self._ssd.load_block, block.block_hash, token_ids)
+        buffers.prepare(place)
+        return self._readers.submit(self._ssd.load_block_into, block.block_hash, token_ids, buffers, place)
 
-    def _find_layout(self, table: BlockTable) -> BlockLayout | None:
-        """The layout of a table's blocks, by its first one; None if none is read to its place.
+    def _unread(self, table: BlockTable) -> dict[Place, BlockLayout]:
+        """The layout of each block of a table that has to be read to its place.
 
-        All blocks of a model have one layout, as a rule.
+        All rows of a model have one, as a rule, and so has each other part: that of the first one stands for all.
         """
+        places: dict[Place, BlockLayout] = {}
         if self._ssd is None or not self._ssd.reads_in_place:
-            return None
-        first = table.blocks[0]
-        if self._layout is None and first.payload is None and first.block_hash is not None:
-            return self._ssd.read_layout(first.block_hash)  # not kept: only a whole file is verified
-        return self._layout if first.payload is None else first.payload.layout
+            return places
+        blocks_of_parts: dict[Part, dict[Place, CacheBlock]] = {ROWS: dict(enumerate(table.blocks))}
+        for part in PARTS:
+            blocks_of_parts[part] = {key: block for key, block in table.parts.items() if key.part == part}
+        for part, blocks in blocks_of_parts.items():
+            unread = [place for place, block in blocks.items() if block.payload is None]
+            layout = self._find_layout(part, list(blocks.values()), self._ssd) if unread else None
+            if layout is not None:
+                places.update(dict.fromkeys(unread, layout))
+        return places
+
+    def _find_layout(self, part: Part, blocks: Sequence[CacheBlock], ssd: PagedSSDCacheManager) -> BlockLayout | None:
+        if blocks[0].payload is not None:
+            return blocks[0].payload.layout
+        if part in self._layouts or blocks[0].block_hash is None:
+            return self._layouts.get(part)
+        return ssd.read_layout(blocks[0].block_hash)  # not kept: only a whole file is verified
+
+    def _remember_layouts(self, content: PrefixContent) -> None:
+        """As verified files have them."""
+        if content.rows_layout:
+            self._layouts[ROWS] = content.rows_layout
+        for key, part in content.parts.items():
+            if content.buffers is not None and not isinstance(part, BlockPayload):
+                self._layouts[key.part] = content.buffers.layout_of(key)
 
     def _tokens_of(self, table: BlockTable, position: int) -> Sequence[int]:
         return table.token_ids[position * self.block_size : (position + 1) * self.block_size]

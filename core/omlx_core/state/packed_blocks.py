@@ -1,38 +1,36 @@
 """Blocks in a GPU's own memory: few large arrays, since each array there costs a kernel.
 
-The rows of equal shape and type of all layers are one array of shape ``[rows, heads, tokens, size]``. To cut eight
+Tensors of equal shape and type are one array, those of rows of shape ``[tensors, heads, tokens, size]``. To cut eight
 blocks out of 56 arrays of keys and values takes 64 kernels then and not 448, and to join them a handful.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from omlx_core.mlx_backend import mx
 
 import numpy as np
 
-from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor
+from omlx_core.cache.payload import BlockLayout, BlockPayload, BlockTensor, Place
 from omlx_core.errors import CacheInvariantError
-from omlx_core.state.arrays import DeviceCopy, dtype_of, joined_bytes, name_of
+from omlx_core.state.arrays import DeviceCopy, dtype_of, is_known_dtype, joined_bytes, name_of
 from omlx_core.state.cuda_memory import prefetch
 from omlx_core.state.protocols import Arrays
 from omlx_core.state.shared_memory import make_zeros
 
-_Kind = tuple[int, int, mx.Dtype]
-
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """The rows of one name, among others: `BlockTensor.array` on a GPU."""
+    """The tensor of one name, among others: `BlockTensor.array` on a GPU."""
 
     packed: mx.array
     index: int
 
     def get(self) -> mx.array:
-        """A view of shape ``[1, heads, tokens, size]``."""
+        """A view, whose first dimension is one."""
         return self.packed[self.index : self.index + 1]
 
 
@@ -74,60 +72,71 @@ class PackedCopies:
 
 
 class PackedBlocks:
-    """Memory that the GPU and the CPU share, for blocks to be read to: `RowBuffers`. They are blocks in RAM afterwards.
+    """Memory that the GPU and the CPU share, for blocks to be read to, which are blocks in RAM afterwards:
+    `BlockBuffers`.
 
     Made and taken on the MLX thread; any thread may write to different blocks meanwhile.
 
     Args:
-        layout: what the tensors of each block are.
-        positions: of the blocks.
+        layouts: what the tensors of each block are, by its place; see `fits`.
     """
 
-    def __init__(self, layout: BlockLayout, positions: Sequence[int]) -> None:
-        self.layout = layout
-        self._groups = _groups(
-            {name: (spec.shape[1], spec.shape[3], dtype_of(spec.dtype)) for name, spec in layout.items()}
-        )
-        sizes_bytes = [sum(layout[name].size_bytes for name in names) for names in self._groups]
-        zeros = iter(make_zeros([((size,), mx.uint8) for _ in positions for size in sizes_bytes]))
-        self._arrays = {position: list(itertools.islice(zeros, len(sizes_bytes))) for position in positions}
-        self._bytes: dict[int, list[np.ndarray]] = {}
+    def __init__(self, layouts: Mapping[Place, BlockLayout]) -> None:
+        self._layouts = layouts
+        # Grouped once for all blocks that share a layout.
+        groups = {id(layout): _groups_of(layout) for layout in layouts.values()}
+        self._groups = {place: groups[id(layout)] for place, layout in layouts.items()}
+        sizes_bytes = {
+            place: [sum(layout[name].size_bytes for name in names) for names in self._groups[place]]
+            for place, layout in layouts.items()
+        }
+        zeros = iter(make_zeros([((size,), mx.uint8) for sizes in sizes_bytes.values() for size in sizes]))
+        self._arrays = {place: list(itertools.islice(zeros, len(sizes))) for place, sizes in sizes_bytes.items()}
+        self._bytes: dict[Place, list[np.ndarray]] = {}
 
-    def prepare(self, position: int) -> None:
+    @staticmethod
+    def fits(layout: BlockLayout) -> bool:
+        """Whether tensors can be put one after the other along their first dimension, and there are any."""
+        return bool(layout) and all(spec.shape[:1] == (1,) and is_known_dtype(spec.dtype) for spec in layout.values())
+
+    def layout_of(self, place: Place) -> BlockLayout:
+        """What the tensors of the block are that belongs there."""
+        return self._layouts[place]
+
+    def prepare(self, place: Place) -> None:
         """Wait for the memory of one block, while that of the next ones is being filled."""
-        if position in self._arrays:
-            mx.eval(self._arrays[position])
-            self._bytes[position] = [
-                np.asarray(memoryview(array)) if array.size else np.empty(0, np.uint8)
-                for array in self._arrays[position]
+        if place in self._arrays:
+            mx.eval(self._arrays[place])
+            self._bytes[place] = [
+                np.asarray(memoryview(array)) if array.size else np.empty(0, np.uint8) for array in self._arrays[place]
             ]
 
-    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
-        """Where the rows of a block belong, per tensor; None for a block of another layout or position."""
-        if layout != self.layout or position not in self._bytes:
+    def segments(self, place: Place, layout: BlockLayout) -> Sequence[memoryview] | None:
+        """Where the bytes of each tensor belong; None for a block of another layout or place."""
+        if place not in self._bytes or layout != self._layouts[place]:
             return None
-        places: dict[str, memoryview] = {}
-        for names, data in zip(self._groups, self._bytes[position], strict=True):
+        segments: dict[str, memoryview] = {}
+        for names, data in zip(self._groups[place], self._bytes[place], strict=True):
             end = 0
             for name in names:
                 begin, end = end, end + layout[name].size_bytes
-                places[name] = data[begin:end].data
-        return [places[name] for name in layout]
+                segments[name] = data[begin:end].data
+        return [segments[name] for name in layout]
 
-    def complete(self, position: int) -> None:
+    def complete(self, place: Place) -> None:
         """Send a block to the GPU while the next ones are being read."""
-        for data in self._bytes[position]:
+        for data in self._bytes[place]:
             prefetch(data)
 
-    def take(self, position: int) -> BlockPayload:
+    def take(self, place: Place) -> BlockPayload:
         """A block that was read."""
-        self._bytes.pop(position)
-        seen = self._arrays.pop(position)
+        self._bytes.pop(place)
+        groups, seen = self._groups[place], self._arrays.pop(place)
         packed = []
-        for names, array in zip(self._groups, seen, strict=True):
-            spec = self.layout[names[0]]
+        for names, array in zip(groups, seen, strict=True):
+            spec = self._layouts[place][names[0]]
             packed.append(array.view(dtype_of(spec.dtype)).reshape(len(names), *spec.shape[1:]))
-        return _payload(self._groups, packed, seen, None)
+        return _payload(groups, packed, seen, None)
 
 
 def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx.array] | None:
@@ -136,14 +145,13 @@ def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx
     Raises:
         CacheInvariantError: a block is of another layout than the first.
     """
-    first = payloads[0].tensors
     if not all(isinstance(tensor.array, PackedRows) for payload in payloads for tensor in payload.tensors.values()):
         return None
     for number, payload in enumerate(payloads):
         if payload.layout != payloads[0].layout:
             raise CacheInvariantError(f"block {number} is of another layout than the ones before it")
     arrays: dict[str, mx.array] = {}
-    for names in _groups({name: _kind_of(tensor) for name, tensor in first.items()}):
+    for names in _groups_of(payloads[0].layout):
         pieces = [payload.tensors[names[0]].array.packed for payload in payloads]
         shape = list(pieces[0].shape)
         shape[2] = capacity - sum(piece.shape[2] for piece in pieces)
@@ -152,16 +160,16 @@ def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx
     return arrays
 
 
-def _groups(kinds: Mapping[str, _Kind]) -> list[list[str]]:
+def _groups_of(layout: BlockLayout) -> list[list[str]]:
+    return _groups({name: (spec.shape[1:], spec.dtype) for name, spec in layout.items()})
+
+
+def _groups(kinds: Mapping[str, Hashable]) -> list[list[str]]:
     """Names of one kind together, in order."""
-    groups: dict[_Kind, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name, kind in kinds.items():
         groups.setdefault(kind, []).append(name)
     return list(groups.values())
-
-
-def _kind_of(tensor: BlockTensor) -> _Kind:
-    return tensor.shape[1], tensor.shape[3], dtype_of(tensor.dtype)
 
 
 def _payload(

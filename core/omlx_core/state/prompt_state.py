@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from omlx_core.mlx_backend import has_device_memory, mx
 
 from omlx_core.cache.parts import CHECKPOINT, WINDOW, Part, PartKey, PrefixContent
-from omlx_core.cache.payload import BlockLayout, BlockPayload, LoadedRows, RowBuffers
+from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, LoadedBlock, Place
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
 from omlx_core.state.handlers import find_handler, leaves_of, rebuild
@@ -163,18 +163,22 @@ class PromptStateCodec:
         [payload] = to_payloads([arrays], on_device=self._on_device, are_written=self._are_written)
         return payload
 
-    def allocate(self, layout: BlockLayout, positions: Sequence[int], capacity: int) -> RowBuffers | None:
-        """Memory for the rows of blocks to be read to; None if that doesn't suit the model or its blocks.
+    def allocate(self, unread: Mapping[Place, BlockLayout], *, capacity: int) -> BlockBuffers | None:
+        """Memory for blocks to be read to; None if that doesn't suit the model or its blocks.
 
         Args:
-            layout: what the tensors of each block are.
-            positions: of the blocks that are to be read.
+            unread: what the tensors of each block are that is to be read.
             capacity: tokens to have room for.
         """
+        if self._on_device:
+            fitting = {place: layout for place, layout in unread.items() if PackedBlocks.fits(layout)}
+            return PackedBlocks(fitting) if fitting else None
+        rows = next((layout for place, layout in unread.items() if isinstance(place, int)), {})
+        return self._row_arrays(rows, capacity)
+
+    def _row_arrays(self, layout: BlockLayout, capacity: int) -> RowArrays | None:
         if not self._adopting or not layout or not RowArrays.fits(layout, self._block_size):
             return None
-        if self._on_device:
-            return PackedBlocks(layout, positions)
         return RowArrays(layout, self._block_size, self._room(capacity))
 
     def _room(self, capacity: int) -> int:
@@ -198,8 +202,8 @@ class PromptStateCodec:
             raise CacheInvariantError(
                 f"{len(content.rows)} blocks of {self._block_size} tokens, where their table has {num_tokens} tokens"
             )
-        part_payloads = with_arrays(list(content.parts.values()), on_device=self._on_device)
-        parts = dict(zip(content.parts, part_payloads, strict=True))
+        payloads = [_payload(key, part, content.buffers) for key, part in content.parts.items()]
+        parts = dict(zip(content.parts, with_arrays(payloads, on_device=self._on_device), strict=True))
         blocks: dict[Part, dict[int, BlockPayload]] = {WINDOW: {}, CHECKPOINT: {}}
         for key, payload in parts.items():
             blocks[key.part][key.position] = payload
@@ -216,12 +220,12 @@ class PromptStateCodec:
 
     def _restore_rows(
         self, content: PrefixContent, num_tokens: int, capacity: int
-    ) -> tuple[dict[str, Any], Sequence[LoadedRows]]:
+    ) -> tuple[dict[str, Any], Sequence[LoadedBlock]]:
         """The full-attention leaves, and the rows to be kept in RAM."""
         capacity = max(capacity, num_tokens + 1)
         arrays = content.buffers if content.in_place else None
         if arrays is None and content.rows and not self._on_device:
-            arrays = self.allocate(_payload(0, content.rows[0]).layout, (), capacity)
+            arrays = self._row_arrays(_payload(0, content.rows[0]).layout, capacity)
         if isinstance(arrays, RowArrays):
             payloads = {position: rows for position, rows in enumerate(content.rows) if isinstance(rows, BlockPayload)}
             arrays.fill(payloads, num_tokens)
@@ -329,13 +333,13 @@ def _by_path(arrays: Arrays) -> dict[str, Arrays]:
     return dict(leaves)
 
 
-def _payload(position: int, rows: LoadedRows, buffers: RowBuffers | None = None) -> BlockPayload:
+def _payload(place: Place, content: LoadedBlock, buffers: BlockBuffers | None = None) -> BlockPayload:
     """A block by itself."""
-    if isinstance(rows, BlockPayload):
-        return rows
+    if isinstance(content, BlockPayload):
+        return content
     if isinstance(buffers, PackedBlocks):
-        return buffers.take(position)
-    raise CacheInvariantError(f"the rows of block {position} are in memory that nothing is known of")
+        return buffers.take(place)
+    raise CacheInvariantError(f"the content of block {place} is in memory that nothing is known of")
 
 
 def _check_length(

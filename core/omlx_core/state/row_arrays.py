@@ -14,7 +14,7 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 
-from omlx_core.cache.payload import BlockLayout, BlockPayload, TensorSpec
+from omlx_core.cache.payload import BlockLayout, BlockPayload, Place, TensorSpec
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import dtype_of, is_known_dtype
 from omlx_core.state.shared_memory import make_zeros
@@ -24,7 +24,7 @@ _MIN_BYTES_PER_THREAD = 2 * 1024**2
 
 
 class RowArrays:
-    """Arrays of shape ``[1, heads, capacity, size]`` for blocks of one layout: `RowBuffers`.
+    """Arrays of shape ``[1, heads, capacity, size]`` for blocks of one layout: `BlockBuffers`.
 
     Made and taken on the MLX thread; any thread may write to the places of different blocks meanwhile.
 
@@ -35,7 +35,7 @@ class RowArrays:
     """
 
     def __init__(self, layout: BlockLayout, block_size: int, capacity: int) -> None:
-        self.layout = layout
+        self._layout = layout
         self._block_size = block_size
         self._capacity = capacity
         specs = [((*spec.shape[:2], capacity, *spec.shape[3:]), dtype_of(spec.dtype)) for spec in layout.values()]
@@ -56,21 +56,26 @@ class RowArrays:
             for spec in layout.values()
         )
 
-    def prepare(self, position: int) -> None:
+    def layout_of(self, place: Place) -> BlockLayout:
+        """That of all rows."""
+        del place
+        return self._layout
+
+    def prepare(self, place: Place) -> None:
         """All memory is there: each array has a part of every block."""
 
-    def segments(self, position: int, layout: BlockLayout) -> Sequence[memoryview] | None:
-        """Where the rows of a block belong, per tensor and head; None for a block of another layout."""
-        if layout != self.layout or (position + 1) * self._block_size > self._capacity:
+    def segments(self, place: Place, layout: BlockLayout) -> Sequence[memoryview] | None:
+        """Where the rows of a block belong, per tensor and head; None for other parts, and for another layout."""
+        if not isinstance(place, int) or layout != self._layout or (place + 1) * self._block_size > self._capacity:
             return None
         pieces = []
         for name, spec in layout.items():
             for line in self._lines.get(name, ()):
-                start, stop = self._place(position, spec)
+                start, stop = self._range(place, spec)
                 pieces.append(line[start:stop].data)
         return pieces
 
-    def complete(self, position: int) -> None:
+    def complete(self, place: Place) -> None:
         """It is where it will be used."""
 
     def fill(self, payloads: Mapping[int, BlockPayload], num_tokens: int) -> None:
@@ -83,16 +88,16 @@ class RowArrays:
             CacheInvariantError: a block is of another layout.
         """
         for position, payload in payloads.items():
-            if payload.layout != self.layout:
+            if payload.layout != self._layout:
                 raise CacheInvariantError(f"block {position} is of another layout than the ones before it")
 
         def fill_one(name: str) -> None:
-            lines, spec = self._lines[name], self.layout[name]
+            lines, spec = self._lines[name], self._layout[name]
             for position, payload in payloads.items():
-                start, stop = self._place(position, spec)
+                start, stop = self._range(position, spec)
                 rows = np.frombuffer(payload.tensors[name].data, np.uint8)
                 lines[:, start:stop] = rows.reshape(len(lines), -1)
-            lines[:, self._place(0, spec, num_tokens)[1] :] = 0
+            lines[:, self._range(0, spec, num_tokens)[1] :] = 0
 
         num_bytes = sum(payload.size_bytes for payload in payloads.values())
         num_bytes += (
@@ -107,7 +112,7 @@ class RowArrays:
         arrays, self._arrays = self._arrays, {}
         return arrays
 
-    def _place(self, position: int, spec: TensorSpec, num_tokens: int | None = None) -> tuple[int, int]:
+    def _range(self, position: int, spec: TensorSpec, num_tokens: int | None = None) -> tuple[int, int]:
         row_bytes = spec.size_bytes // (spec.shape[1] * self._block_size)
         start = position * self._block_size * row_bytes
         return start, start + (self._block_size if num_tokens is None else num_tokens) * row_bytes
