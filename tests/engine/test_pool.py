@@ -764,8 +764,9 @@ def test_the_status_says_what_is_loaded_and_used(make_pool, clock):
 
 
 @pytest.fixture
-def idle_pool(make_pool: Callable[..., ModelPool], clock: Clock) -> ModelPool:
-    """Two models that leave after a minute without use."""
+def idle_pool(make_pool: Callable[..., ModelPool], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> ModelPool:
+    """Two models that leave after a minute without use, when a test asks: a pool's own thread might come before it."""
+    monkeypatch.setattr(ModelPool, "_start_idle_timer", lambda _: None)
     return make_pool({"a": 1, "b": 1}, idle_timeout_s=60, clock=clock)
 
 
