@@ -128,6 +128,39 @@ def test_it_moves_unless_its_next_token_is_its_last(engine, num_given):
     on_mlx_thread(engine, test)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_the_first_token_is_announced_once_and_before_the_model_reads_it(engine, max_tokens):
+    alone = engine.generate(tokens(50, seed=1), max_tokens=max_tokens, logprobs=True)
+    announced = []
+
+    def test(batches, add):
+        def announce(response):
+            token, logprobs = response.token, response.logprobs
+            num_read = batches._sequential_batch._sequences[0].prompt_cache[0].offset
+            announced.append((response.uid, token, logprobs[token].item(), response.finish_reason, num_read))
+
+        batches._announce = announce
+        uid = add(1, max_tokens)
+        [first] = batches.step()
+        reason = "length" if max_tokens == 1 else None
+        assert announced == [(uid, alone.token_ids[0], alone.logprobs[0], reason, 50)]
+        assert (first.token, first.finish_reason) == (alone.token_ids[0], reason)
+        for _ in range(max_tokens - 1):
+            batches.step()
+        assert len(announced) == 1
+
+    on_mlx_thread(engine, test)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_first_token_is_passed_on_once(engine, options):
+    for chunk in ask(engine, max_tokens=1, **options):
+        if chunk.result is None:
+            assert len(chunk.token_ids) == 1
+        else:
+            assert len(chunk.result.token_ids) == len(chunk.result.logprobs) == 1
+
+
 def test_what_moved_and_is_removed_gives_no_token_any_more(engine):
     def test(batches, add):
         first = add(1, 5)

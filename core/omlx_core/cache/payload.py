@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -80,7 +81,13 @@ class BlockTensor:
     @property
     def spec(self) -> TensorSpec:
         """What it is."""
-        return TensorSpec(self.dtype, self.shape, self.size_bytes)
+        return _spec_of(self.dtype, self.shape, self.size_bytes)
+
+
+# One object for equal ones: of hundreds of blocks, all of whose layouts are compared, each has dozens.
+@functools.lru_cache(maxsize=4096)
+def _spec_of(dtype: str, shape: tuple[int, ...], size_bytes: int) -> TensorSpec:
+    return TensorSpec(dtype, shape, size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +96,24 @@ class BlockPayload:
 
     Attributes:
         tensors: the tensors.
+        layout: what they are.
         size_bytes: size of all elements in bytes; the unit of the hot tier's budget.
     """
 
     tensors: Mapping[str, BlockTensor]
-    # Summed once: the pool adds and subtracts it with every step that a block takes.
+    # Made once: the pool adds and subtracts sizes with every step that a block takes, and restores compare layouts.
+    layout: BlockLayout = field(init=False, compare=False, repr=False)
     size_bytes: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size_bytes", sum(tensor.size_bytes for tensor in self.tensors.values()))
+        object.__setattr__(self, "layout", {name: tensor.spec for name, tensor in self.tensors.items()})
+        object.__setattr__(self, "size_bytes", layout_size_bytes(self.layout))
 
     def release_copies(self) -> None:
         """Let go of what was copied to be written, once it is or can't be."""
         for tensor in self.tensors.values():
             if not isinstance(tensor.source, memoryview):
                 tensor.source.release()
-
-    @property
-    def layout(self) -> BlockLayout:
-        """What its tensors are."""
-        return {name: tensor.spec for name, tensor in self.tensors.items()}
 
 
 Place = Hashable

@@ -6,6 +6,7 @@ An answer that is alone moves to the batch when a second one comes, and stays th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
@@ -35,6 +36,7 @@ class DecodingBatches:
         newline_token_ids: the tokens of a line break, which XTC spares as it spares those.
         prompt_caches: makes the model's prompt caches.
         settings: batch sizes.
+        announce: called with an answer's first token if that is known before its step ends.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class DecodingBatches:
         newline_token_ids: list[int],
         prompt_caches: PromptCaches,
         settings: EngineSettings,
+        *,
+        announce: Callable[[Response], None] = lambda _: None,
     ) -> None:
         self._model = model
         self._end_token_ids = end_token_ids
         self._spared_token_ids = [*end_token_ids, *newline_token_ids]
         self._prompt_caches = prompt_caches
         self._settings = settings
+        self._announce = announce
         self._generator: BatchGenerator | None = None
         self._sequential_batch: SequentialBatch | None = None
         self._new_ids = itertools.count()
@@ -175,11 +180,17 @@ class DecodingBatches:
             prepare_step = self._prompt_caches.prepare_step
             if isinstance(self._model, DraftedModel):
                 self._sequential_batch = SpeculativeBatch(
-                    self._model, self._end_token_ids, prepare_step, self._settings.num_draft_tokens
+                    self._model, self._end_token_ids, prepare_step, self._settings.num_draft_tokens, self._pass_on
                 )
             else:
-                self._sequential_batch = SequentialBatch(self._model, self._end_token_ids, prepare_step)
+                self._sequential_batch = SequentialBatch(self._model, self._end_token_ids, prepare_step, self._pass_on)
         return self._sequential_batch
+
+    def _pass_on(self, first: Response) -> None:
+        """Announce a first token of the sequential batch under its answer's id."""
+        place = self._sequential_batch, first.uid
+        first.uid = next(id_ for id_, known in self._places.items() if known == place)
+        self._announce(first)
 
 
 def _make_processors(request: Request) -> list[Any]:

@@ -79,6 +79,7 @@ class Request:
         samples: this request, and others that want more answers to the same prompt, until they go their own ways.
         deadline_s: `time.perf_counter` when it is to be given up; None is never.
         is_in_line: whether it counts among those that wait.
+        is_answering: whether its first token is accounted for.
         matched_at: how much had been stored when it was matched.
         was_matched_anew: whether it was matched again since.
     """
@@ -113,6 +114,7 @@ class Request:
     samples: list[Request] = field(default_factory=list)
     deadline_s: float | None = None
     is_in_line: bool = True
+    is_answering: bool = False
     matched_at: int = 0
     was_matched_anew: bool = False
 

@@ -32,6 +32,7 @@ from omlx_core.engine.prefix_reuse import PrefixReuse
 from omlx_core.engine.prompt_caches import PromptCaches, when_filled
 from omlx_core.engine.request import Request
 from omlx_core.engine.sampling import top_logprobs
+from omlx_core.engine.sequential_batch import Response
 from omlx_core.errors import CacheInvariantError, OMLXError
 from omlx_core.settings import EngineSettings
 from omlx_core.state.prompt_state import PromptCache
@@ -131,7 +132,9 @@ class Scheduler:
         """
         self._model, self._reuse, self._caches = model, reuse, prompt_caches
         self._document_reuse = document_reuse
-        self._batches = DecodingBatches(model, end_token_ids, newline_token_ids, prompt_caches, self._settings)
+        self._batches = DecodingBatches(
+            model, end_token_ids, newline_token_ids, prompt_caches, self._settings, announce=self._take_first_token
+        )
 
     def step(self) -> float | None:
         """One step of a prefill, and one of the batch; see `Worker`."""
@@ -391,21 +394,21 @@ class Scheduler:
             if request is not None:
                 self._take_token(request, response)
 
-    def _take_token(self, request: Request, response: Any) -> None:
+    def _take_first_token(self, response: Response) -> None:
+        """Pass on a first token that the batch's cache doesn't hold yet; `_take_token` follows."""
+        request = self._decoding.get(response.uid)
+        if request is not None:
+            self._emit_token(request, response)
+
+    def _take_token(self, request: Request, response: Response) -> None:
         """Account for a token, pass it on, and end the answer if it was the last."""
         # By now the batch's cache holds this token, and with the first one the prompt's last.
-        is_first = not request.output.token_ids
+        is_first, request.is_answering = not request.is_answering, True
         added = [request.prompt_ids[-1], response.token] if is_first else [response.token]
         self._prefixes.generated(request, added, partial(self._extract, response.uid, response.prompt_cache))
-        params = request.params
-        request.emit_token(
-            response.token,
-            response.logprobs[response.token].item() if params.logprobs else None,
-            top_logprobs(response.logprobs, params.top_logprobs) if params.top_logprobs else None,
-            is_end_token=response.finish_reason == "stop",
-        )
+        if not is_first or not request.output.token_ids:
+            self._emit_token(request, response)
         if is_first:
-            time.sleep(_HAND_OVER_S)
             mx.clear_cache()  # of what the last step of the prefill has left, once nobody waits for it
         finish_reason, error = response.finish_reason, request.why_unmet()
         if finish_reason is not None:
@@ -420,6 +423,17 @@ class Scheduler:
                 request.emit(error)
             else:
                 request.emit_result(finish_reason)
+
+    def _emit_token(self, request: Request, response: Response) -> None:
+        params, is_first = request.params, not request.output.token_ids
+        request.emit_token(
+            response.token,
+            response.logprobs[response.token].item() if params.logprobs else None,
+            top_logprobs(response.logprobs, params.top_logprobs) if params.top_logprobs else None,
+            is_end_token=response.finish_reason == "stop",
+        )
+        if is_first:
+            time.sleep(_HAND_OVER_S)
 
     def _remove_from_batch(self, uid: int) -> None:
         self._prefixes.finish(self._decoding.pop(uid), self._answers.remove(uid))

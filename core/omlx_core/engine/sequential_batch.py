@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from omlx_core.mlx_backend import mx
 
@@ -22,7 +22,7 @@ from mlx_lm.models.cache import TokenBuffer
 from omlx_core.model.loading import architecture_of
 from omlx_core.state.handlers import leaves_of
 
-Response = GenerationBatch.Response
+Response: TypeAlias = GenerationBatch.Response
 
 _CLEARED_EVERY_TOKENS = 256  # MLX's pool, as generate_step does: of caches that have grown into new memory
 
@@ -108,6 +108,8 @@ class SequentialBatch:
         model: the mlx-lm model.
         stop_tokens: tokens that end an answer.
         prepare_step: called with a sequence's prompt cache before each of its steps.
+        announce: called with an answer's first token as soon as that is known. To have the model read it, as is done
+            before `next` returns it, takes as long as all else that a small model does for it.
     """
 
     stream = generation_stream
@@ -117,9 +119,11 @@ class SequentialBatch:
         model: Any,
         stop_tokens: Sequence[int],
         prepare_step: Callable[[list[Any]], None] = lambda _: None,
+        announce: Callable[[Response], None] = lambda _: None,
     ) -> None:
         self._model = model
         self._prepare_step = prepare_step
+        self._announce = announce
         self._stop_tokens = frozenset(stop_tokens)
         self._sequences: dict[int, DecodingSequence] = {}
         self._num_inserted = 0
@@ -182,16 +186,23 @@ class SequentialBatch:
     def _step(self, uid: int, sequence: DecodingSequence) -> Any:
         if sequence.next_logprobs is None:
             self._advance(sequence)  # the prompt's last token gives the answer's first
+            token = int(sequence.next_token.item())
+            finish_reason = self._finish_reason(sequence, token)
+            self._announce(Response(uid, token, sequence.next_logprobs, finish_reason, None, None))
         logprobs = sequence.next_logprobs
         self._advance(sequence)
         token = sequence.token_ids[-1]
+        finish_reason = self._finish_reason(sequence, token)
         sequence.num_generated += 1
-        finish_reason = "length" if sequence.num_generated >= sequence.max_tokens else None
-        if token in self._stop_tokens:
-            finish_reason = "stop"
         if sequence.num_generated % _CLEARED_EVERY_TOKENS == 0:
             mx.clear_cache()
         return Response(uid, token, logprobs, finish_reason, sequence.prompt_cache, sequence.token_ids)
+
+    def _finish_reason(self, sequence: DecodingSequence, token: int) -> str | None:
+        """Why an answer ends with this token, its next one; None if it goes on."""
+        if token in self._stop_tokens:
+            return "stop"
+        return "length" if sequence.num_generated + 1 >= sequence.max_tokens else None
 
     def _advance(self, sequence: DecodingSequence) -> None:
         """Have the model read the next token, and wait for that one while the token after it is being computed."""

@@ -18,7 +18,7 @@ from omlx_core.mlx_backend import mx
 from mlx import nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 
-from omlx_core.engine.sequential_batch import DecodingSequence, SequentialBatch
+from omlx_core.engine.sequential_batch import DecodingSequence, Response, SequentialBatch
 from omlx_core.errors import InvalidSettingError
 
 
@@ -80,6 +80,7 @@ class SpeculativeBatch(SequentialBatch):
         stop_tokens: tokens that end an answer.
         prepare_step: called with a sequence's prompt cache before each of its steps.
         num_draft_tokens: how many tokens the draft proposes at a time.
+        announce: called with an answer's first token as soon as that is known.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class SpeculativeBatch(SequentialBatch):
         stop_tokens: Sequence[int],
         prepare_step: Callable[[list[Any]], None],
         num_draft_tokens: int,
+        announce: Callable[[Response], None] = lambda _: None,
     ) -> None:
-        super().__init__(model, stop_tokens, prepare_step)
+        super().__init__(model, stop_tokens, prepare_step, announce)
         self._pair = model
         self._num_draft_tokens = num_draft_tokens
         # By sequence, since they come and go: tokens that follow for certain, and how many the draft has read.
