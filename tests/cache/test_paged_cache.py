@@ -111,7 +111,7 @@ def test_finds_the_longest_prefix_of_full_blocks() -> None:
     manager = make_manager()
     store(manager, [1, 2, 3, 4, 5])
     table = manager.get_computed_blocks([1, 2, 3, 4, 5, 6])
-    assert list(table.token_ids) == [1, 2, 3, 4]
+    assert table.token_ids == [1, 2, 3, 4]
     assert [block.block_hash for block in table.blocks] == hashes_of([1, 2, 3, 4])
     assert [block.num_tokens for block in table.blocks] == [2, 2]
     assert table.num_committed == 2
@@ -143,7 +143,7 @@ def test_reuses_no_more_tokens_than_allowed(max_tokens: int | None, num_found: i
 def test_a_prompt_of_no_tokens_finds_nothing() -> None:
     manager = make_manager()
     table = manager.get_computed_blocks([], max_tokens=-1)
-    assert (table.blocks, list(table.token_ids), manager.next_full_block(table)) == ([], [], None)
+    assert (table.blocks, table.token_ids, manager.next_full_block(table)) == ([], [], None)
 
 
 def test_unpublished_blocks_are_not_found() -> None:
@@ -260,7 +260,7 @@ def test_a_fork_shares_everything_and_copies_only_the_partial_block_when_it_writ
     assert fork.blocks[:2] == table.blocks[:2]
     assert fork.blocks[2] is not table.blocks[2]
     assert (fork.blocks[2].ref_count, fork.blocks[2].num_tokens, table.blocks[2].num_tokens) == (1, 2, 1)
-    assert (list(fork.token_ids), list(table.token_ids)) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5])
+    assert (fork.token_ids, table.token_ids) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5])
 
     manager.append_tokens(table, [7])
     assert (table.blocks[2].ref_count, table.blocks[2].num_tokens) == (1, 2)
@@ -361,7 +361,7 @@ def test_truncating_keeps_the_first_blocks_and_frees_the_rest() -> None:
     manager = make_manager()
     table = hold(manager, [1, 2, 3, 4, 5, 6, 7])
     manager.truncate(table, 1)
-    assert (list(table.token_ids), table.num_committed, len(table.blocks)) == ([1, 2], 1, 1)
+    assert (table.token_ids, table.num_committed, len(table.blocks)) == ([1, 2], 1, 1)
     stats = manager.stats()
     assert (stats.blocks_in_use, stats.blocks_cached) == (1, 2)
     assert eviction_order(manager) == hashes_of([1, 2, 3, 4, 5, 6])[:0:-1]
@@ -375,7 +375,7 @@ def test_truncating_beyond_the_end_changes_nothing() -> None:
     manager = make_manager()
     table = hold(manager, [1, 2, 3])
     manager.truncate(table, 2)
-    assert (list(table.token_ids), table.num_committed, len(table.blocks)) == ([1, 2, 3], 1, 2)
+    assert (table.token_ids, table.num_committed, len(table.blocks)) == ([1, 2, 3], 1, 2)
 
 
 # Eviction.
@@ -721,7 +721,7 @@ def test_exhaustion_keeps_what_fitted_and_corrupts_nothing() -> None:
     table = manager.get_computed_blocks([2] * 6)
     with pytest.raises(BlockPoolExhaustedError, match="all 3 cache blocks are in use"):
         manager.append_tokens(table, [2] * 6)
-    assert (list(table.token_ids), len(table.blocks)) == ([2] * 4, 2)
+    assert (table.token_ids, len(table.blocks)) == ([2] * 4, 2)
     assert commit_all(manager, table) == 2
     manager.check()
     manager.free_block_table(holder)
@@ -740,7 +740,7 @@ def test_exhaustion_in_a_copy_on_write_leaves_both_forks_whole() -> None:
     with pytest.raises(BlockPoolExhaustedError):
         manager.append_tokens(fork, [2])
     assert fork.blocks == table.blocks
-    assert (list(fork.token_ids), table.blocks[0].ref_count, table.blocks[0].num_tokens) == ([1], 2, 1)
+    assert (fork.token_ids, table.blocks[0].ref_count, table.blocks[0].num_tokens) == ([1], 2, 1)
     assert manager.stats().cow_copies == 0
     manager.check()
 
@@ -754,7 +754,7 @@ def test_blocks_of_the_cold_tier_are_registered_as_metadata() -> None:
     table = manager.get_computed_blocks([1, 2, 3, 4, 5, 6])
     assert [block.block_hash for block in table.blocks] == hashes[:2]
     assert [(block.payload, block.num_tokens, block.ref_count) for block in table.blocks] == [(None, 2, 1)] * 2
-    assert (list(table.token_ids), table.num_committed) == ([1, 2, 3, 4], 2)
+    assert (table.token_ids, table.num_committed) == ([1, 2, 3, 4], 2)
     stats = manager.stats()
     assert (stats.blocks_in_use, stats.hot_blocks, stats.hot_bytes, stats.promotions) == (2, 0, 0, 0)
     manager.check()
@@ -879,7 +879,7 @@ def test_a_block_that_was_let_go_is_not_promoted() -> None:
 def test_exhaustion_ends_a_match_with_what_was_found() -> None:
     manager = make_manager(initial_blocks=1, max_blocks=2, cold=FakeColdIndex(hashes_of([1, 2, 3, 4, 5, 6])))
     table = manager.get_computed_blocks([1, 2, 3, 4, 5, 6])
-    assert (list(table.token_ids), len(table.blocks)) == ([1, 2, 3, 4], 2)
+    assert (table.token_ids, len(table.blocks)) == ([1, 2, 3, 4], 2)
     manager.check()
 
 
@@ -939,7 +939,7 @@ def test_a_block_evicted_during_the_match_ends_it_there() -> None:
         in_thread(lambda: store(manager, [8, 8]))
 
     cold.on_lookup = evict
-    assert list(manager.get_computed_blocks([1, 2, 3, 4]).token_ids) == [1, 2]
+    assert manager.get_computed_blocks([1, 2, 3, 4]).token_ids == [1, 2]
     assert manager.stats().evictions == 2
     manager.check()
 

@@ -509,7 +509,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
     def tables_are_equal(self) -> None:
         pairs: dict[CacheBlock, ModelBlock] = {}
         for request in self.live:
-            assert list(request.real.token_ids) == request.model.token_ids
+            assert request.real.token_ids == request.model.token_ids
             assert request.real.num_committed == request.model.num_committed
             for real, model in zip(request.real.blocks, request.model.blocks, strict=True):
                 assert pairs.setdefault(real, model) is model

@@ -326,7 +326,7 @@ def test_a_failing_read_in_the_middle_cuts_the_prefix_there(cold: FakeColdTier) 
     assert len(pending.table.blocks) == 3
     [payload] = finish(cache, pending, len(prompt)).rows
     assert payload.tensors["kv"].data == content_of([1, 2])
-    assert (list(pending.table.token_ids), pending.table.num_committed) == ([1, 2], 1)
+    assert (pending.table.token_ids, pending.table.num_committed) == ([1, 2], 1)
     stats = cache.stats()
     assert stats.lost_blocks == 2
     assert (stats.matched_tokens_cold, stats.missed_tokens, stats.hot.blocks_in_use) == (2, 5, 1)

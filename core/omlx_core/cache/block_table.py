@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class BlockTable:
 
     Attributes:
         extra_keys: what besides tokens is hashed, such as a cache salt.
-        token_ids: the tokens covered by `blocks`, of type uint32.
+        tokens: the tokens of each of `blocks`, of type uint32. Full ones are shared with forks, and never changed.
         blocks: the blocks, each held by one reference of this table.
         num_committed: how many leading blocks are published.
         num_saved: how many leading blocks the SSD tier has, or has taken in hand; `TieredCache` keeps count.
@@ -28,7 +29,7 @@ class BlockTable:
     """
 
     extra_keys: tuple[str, ...] = ()
-    token_ids: array[int] = field(default_factory=lambda: array("I"))
+    tokens: list[array[int]] = field(default_factory=list)
     blocks: list[CacheBlock] = field(default_factory=list)
     num_committed: int = 0
     num_saved: int = 0
@@ -38,7 +39,12 @@ class BlockTable:
     @property
     def num_tokens(self) -> int:
         """Tokens covered."""
-        return len(self.token_ids)
+        return (len(self.tokens) - 1) * len(self.tokens[0]) + len(self.tokens[-1]) if self.tokens else 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens covered by `blocks`."""
+        return list(itertools.chain.from_iterable(self.tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,8 +126,9 @@ class PagedCacheManager:
                 break
             table.blocks.append(block)
         table.num_committed = len(table.blocks)
-        matched = reusable[: table.num_committed * self.block_size]
-        table.token_ids = array("I", matched.astype("u4", copy=False).tobytes())
+        matched = reusable[: table.num_committed * self.block_size].astype("u4", copy=False).tobytes()
+        size_bytes = 4 * self.block_size
+        table.tokens = [array("I", matched[at : at + size_bytes]) for at in range(0, len(matched), size_bytes)]
         return table
 
     def append_tokens(self, table: BlockTable, token_ids: Iterable[int]) -> None:
@@ -144,10 +145,11 @@ class PagedCacheManager:
                 filled = table.num_tokens % self.block_size
                 if filled == 0:
                     table.blocks.append(self._pool.allocate())
+                    table.tokens.append(array("I"))
                 elif table.blocks[-1].ref_count > 1:
                     table.blocks[-1] = self._cow_copy_block(table.blocks[-1])
                 added = tokens[num_added : num_added + self.block_size - filled]
-                table.token_ids += added
+                table.tokens[-1] += added
                 table.blocks[-1].num_tokens = filled + len(added)
                 num_added += len(added)
 
@@ -158,9 +160,9 @@ class PagedCacheManager:
             CacheInvariantError: its parent has no identity.
         """
         position = table.num_committed
-        tokens = table.token_ids[position * self.block_size : (position + 1) * self.block_size]
-        if len(tokens) < self.block_size:
+        if position == len(table.tokens) or len(table.tokens[position]) < self.block_size:
             return None
+        tokens = table.tokens[position]
         parent = table.blocks[position - 1].block_hash if position else None
         if position and parent is None:
             raise CacheInvariantError(f"block {position} is to be published before its parent")
@@ -303,7 +305,7 @@ class PagedCacheManager:
         with self._lock:
             self._release_blocks(table, num_blocks)
         del table.blocks[num_blocks:]
-        del table.token_ids[num_blocks * self.block_size :]
+        del table.tokens[num_blocks:]
         table.num_committed = min(table.num_committed, num_blocks)
         table.num_saved = min(table.num_saved, num_blocks)
 
@@ -314,7 +316,7 @@ class PagedCacheManager:
                 self._pool.acquire(block)
         return BlockTable(
             table.extra_keys,
-            table.token_ids[:],
+            [*table.tokens[:-1], *(tokens[:] for tokens in table.tokens[-1:])],
             list(table.blocks),
             num_committed=table.num_committed,
             num_saved=table.num_saved,
@@ -332,7 +334,7 @@ class PagedCacheManager:
             raise CacheInvariantError(f"{num_blocks} blocks are to be held, of {table.num_committed} published ones")
         held = BlockTable(
             table.extra_keys,
-            table.token_ids[: num_blocks * self.block_size],
+            table.tokens[:num_blocks],
             table.blocks[:num_blocks],
             num_committed=num_blocks,
             parts={key: table.parts[key] for key in keys},
@@ -347,7 +349,7 @@ class PagedCacheManager:
         with self._lock:
             self._release_blocks(table, 0)
         table.blocks.clear()
-        del table.token_ids[:]
+        table.tokens.clear()
         table.num_committed = table.num_saved = 0
 
     def stats(self) -> HotCacheStats:

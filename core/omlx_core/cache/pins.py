@@ -98,7 +98,7 @@ class PinnedPrefixes:
                 table
                 for table in self._tables
                 if token_ids is None
-                or (table.extra_keys == extra_keys and list(table.token_ids) == list(token_ids[: table.num_tokens]))
+                or (table.extra_keys == extra_keys and table.token_ids == list(token_ids[: table.num_tokens]))
             ]
             self._tables = [table for table in self._tables if table not in released]
         for table in released:
@@ -128,7 +128,7 @@ def _goes_on_from(table: BlockTable, beginning: BlockTable) -> bool:
     """Whether a prefix is another one, or more of it, with all the parts that are held of that."""
     return (
         table.extra_keys == beginning.extra_keys
-        and table.token_ids[: beginning.num_tokens] == beginning.token_ids
+        and table.tokens[: len(beginning.tokens)] == beginning.tokens
         and beginning.parts.keys() <= table.parts.keys()
     )
 

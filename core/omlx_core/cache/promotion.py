@@ -70,10 +70,7 @@ class Promoter:
                     return
                 if not self._paged.wants(block, size_bytes):
                     continue
-                size = self._paged.block_size
-                payload = self._ssd.load_block(
-                    block.block_hash, table.token_ids[position * size : (position + 1) * size]
-                )
+                payload = self._ssd.load_block(block.block_hash, table.tokens[position])
                 if payload is not None:
                     self._paged.promote(block, payload)
         except Exception:  # the request that had them restored has them; the next one reads them again

@@ -375,7 +375,7 @@ class TieredCache:
         if earlier is not None and position < len(earlier.rows) and isinstance(earlier.rows[position], Future):
             return earlier.rows[position]
         block = table.blocks[position]
-        return self._content(block, position, self._tokens_of(table, position), buffers)
+        return self._content(block, position, table.tokens[position], buffers)
 
     def _part(
         self, block: CacheBlock, key: PartKey, buffers: BlockBuffers | None, earlier: PendingRestore | None
@@ -430,9 +430,6 @@ class TieredCache:
             if content.buffers is not None and not isinstance(part, BlockPayload):
                 self._layouts[key.part] = content.buffers.layout_of(key)
 
-    def _tokens_of(self, table: BlockTable, position: int) -> Sequence[int]:
-        return table.token_ids[position * self.block_size : (position + 1) * self.block_size]
-
     def _hand_over(self, table: BlockTable, ssd: PagedSSDCacheManager) -> bool:
         """Have the SSD tier take in hand what it lacks of a table's published blocks, in order.
 
@@ -449,8 +446,7 @@ class TieredCache:
             # should it be lost, what follows is refused for want of its parent.
             if block.payload is not None and not ssd.has_block(block.block_hash):
                 parent_hash = table.blocks[position - 1].block_hash if position else None
-                tokens = self._tokens_of(table, position)
-                if not self._save(ssd, block.block_hash, parent_hash, tokens, block.payload):
+                if not self._save(ssd, block.block_hash, parent_hash, table.tokens[position], block.payload):
                     return ssd.stats().queued_blocks == 0
             table.num_saved += 1
         for key in sorted(table.unsaved_parts):
