@@ -8,7 +8,7 @@ from filled_layers import BLOCK_SIZE, bits, capture, filled_layer
 from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import InPlace
 from omlx_core.errors import CacheInvariantError
-from omlx_core.state import prompt_state
+from omlx_core.state import packed_blocks, prompt_state
 from omlx_core.state.packed_blocks import PackedBlocks, PackedRows, join_packed
 from omlx_core.state.prompt_state import PromptStateCodec
 
@@ -97,6 +97,31 @@ def test_writing_past_a_restored_prefix_leaves_its_blocks_and_other_restores_alo
     mx.eval(first.state)
     assert_same([second], layers, 32)
     assert [bytes(tensor.data) for payload in payloads for tensor in payload.tensors.values()] == stored
+
+
+@pytest.mark.parametrize("most", [1, 2 * 64 * 8, 5 * 64 * 8])
+def test_no_array_is_larger_than_the_kernels_can_reckon(most, monkeypatch):
+    """Blocks and restored layers that would be too large together are made in several goes."""
+    monkeypatch.setattr(packed_blocks, "_MAX_ELEMENTS", most)
+    sizes = []
+    for name in ("stack", "concatenate"):
+        make = getattr(mx, name)
+
+        def counted(arrays, axis=0, make=make):
+            made = make(arrays, axis)
+            if made.dtype != mx.uint8:
+                sizes.append(made.size)
+            return made
+
+        monkeypatch.setattr(mx, name, counted)
+    layers = make_layers(mx.float16, num_tokens=48, value_dim=8)
+    codec = PromptStateCodec(layers, BLOCK_SIZE)
+    copies = codec.rows_of(layers, 48)
+    payloads = [copies.copy(start, start + BLOCK_SIZE) for start in range(0, 48, BLOCK_SIZE)]
+    [*restored], _ = codec.restore(PrefixContent(payloads, {}), num_tokens=48, capacity=50)
+    assert_same(restored, layers, 48)
+    least = max(6 * 2 * BLOCK_SIZE * 8, 2 * 256 * 8)  # one block of all layers, and one layer of all blocks
+    assert max(sizes) <= max(most, least)
 
 
 def test_blocks_of_another_layout_are_not_joined():

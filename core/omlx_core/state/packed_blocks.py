@@ -21,6 +21,9 @@ from omlx_core.state.cuda_memory import prefetch
 from omlx_core.state.protocols import Arrays
 from omlx_core.state.shared_memory import make_zeros
 
+# MLX's CUDA kernels reckon places in 32 bits (0.32): beyond 2**31 elements they read and write elsewhere.
+_MAX_ELEMENTS = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
@@ -56,9 +59,11 @@ class PackedCopies:
         return self._blocks.pop(start)
 
     def _copy_from(self, start: int, block_size: int) -> None:
-        num_blocks = (self._num_tokens - start) // block_size
-        stop = start + num_blocks * block_size
         groups = _groups({name: (a.shape[1], a.shape[3], a.dtype) for name, a in self._arrays.items()})
+        per_token = [len(names) * self._arrays[names[0]].shape[1] * self._arrays[names[0]].shape[3] for names in groups]
+        most_blocks = max(1, _MAX_ELEMENTS // (max([1, *per_token]) * block_size))
+        num_blocks = min((self._num_tokens - start) // block_size, most_blocks)
+        stop = start + num_blocks * block_size
         stacks = [mx.stack([self._arrays[name][0, :, start:stop] for name in names]) for names in groups]
         made: list[mx.array] = []
         for number in range(num_blocks):
@@ -152,11 +157,15 @@ def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx
             raise CacheInvariantError(f"block {number} is of another layout than the ones before it")
     arrays: dict[str, mx.array] = {}
     for names in _groups_of(payloads[0].layout):
-        pieces = [payload.tensors[names[0]].array.packed for payload in payloads]
-        shape = list(pieces[0].shape)
-        shape[2] = capacity - sum(piece.shape[2] for piece in pieces)
-        whole = mx.concatenate([*pieces, mx.zeros(shape, pieces[0].dtype)], axis=2)
-        arrays.update({name: mx.contiguous(whole[index : index + 1]) for index, name in enumerate(names)})
+        packed = [payload.tensors[names[0]].array.packed for payload in payloads]
+        _, heads, block_size, size = packed[0].shape
+        per_name = max(1, heads * capacity * size)
+        for at in range(0, len(names), step := max(1, _MAX_ELEMENTS // per_name)):
+            pieces = [array[at : at + step] for array in packed]
+            room = mx.zeros((pieces[0].shape[0], heads, capacity - len(packed) * block_size, size), packed[0].dtype)
+            whole = mx.concatenate([*pieces, room], axis=2)
+            some = enumerate(names[at : at + step])
+            arrays.update({name: mx.contiguous(whole[index : index + 1]) for index, name in some})
     return arrays
 
 
