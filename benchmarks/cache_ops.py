@@ -10,7 +10,7 @@ the same bytes once. The keys and values are random.
 - **pool**: one block allocated, touched, freed, evicted, in pools of 1,000 to 1,000,000.
 - **hit**: a prefix restored from RAM, then 32 tokens appended, which forces every copy that a lazy restore puts off.
 - **restore**: the same tokens from SSD in a process that has just started, the page cache warm, checksums verified; and
-  the most memory that takes.
+  the most memory that takes. With the page cache dropped, against reading the files one after the other, as `dd` does.
 - **store**: time taken on the thread that computes, and until all is durable.
 - **sessions**: bytes in RAM when eight sessions leave the same long prefix.
 
@@ -39,7 +39,7 @@ from pathlib import Path
 from omlx_core.mlx_backend import mx
 
 import numpy as np
-from harness import Figure, medians_in_turn, print_report, print_table, seconds
+from harness import Figure, drop_page_cache, medians_in_turn, print_report, print_table, seconds
 from mlx_lm.models.cache import KVCache, LRUPromptCache, load_prompt_cache, save_prompt_cache
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace
@@ -55,7 +55,9 @@ APPENDED_TOKENS = 32
 NAMESPACE_FACTS = {"benchmark": "cache_ops"}
 NAMESPACE = hash_namespace(NAMESPACE_FACTS)
 WAIT_S = 600.0
-RESTORE_WAYS = ("cache", "cache, nothing kept", "mlx-lm", "limit")
+DROPPED_WAYS = ("cache, dropped", "dd, dropped") if hasattr(os, "posix_fadvise") else ()
+RESTORE_WAYS = ("cache", "cache, nothing kept", "mlx-lm", "limit", *DROPPED_WAYS)
+_DD_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,16 @@ def restore_in_this_process(way: str, shape: Shape, directory: Path) -> dict[str
             return buffer
 
         elapsed_s = seconds(read)
+    elif way == "dd, dropped":
+        piece = bytearray(_DD_BYTES)
+
+        def read_in_turn() -> None:
+            for path in sorted(blocks.glob("*/*/*.safetensors")):
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(piece):
+                        pass
+
+        elapsed_s = seconds(read_in_turn)
     else:
         with open_cache(blocks, hot_max_bytes=1 if way == "cache, nothing kept" else None) as cache:
             before_bytes = peak_rss_bytes()
@@ -338,6 +350,8 @@ def bench_restore(shape_name: str, runs: int, directory: Path) -> list[Figure]:
     peaks_bytes: dict[str, list[float]] = {way: [] for way in RESTORE_WAYS}
 
     def in_new_process(way: str) -> float:
+        if way in DROPPED_WAYS:
+            drop_page_cache(list((directory / "kv").rglob("*.safetensors")))
         command = [sys.executable, __file__, "--shape", shape_name, "--directory", str(directory), "--restore", way]
         result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         peaks_bytes[way].append(result["peak_bytes"])
@@ -345,7 +359,7 @@ def bench_restore(shape_name: str, runs: int, directory: Path) -> list[Figure]:
 
     medians = medians_in_turn({way: partial(in_new_process, way) for way in RESTORE_WAYS}, runs, description="restore")
     peaks = {way: float(np.median(values)) / shape.size_bytes for way, values in peaks_bytes.items()}
-    return [
+    figures = [
         Figure("restore, new process / mlx-lm load_prompt_cache", medians["cache"] / medians["mlx-lm"], "x", 0.6),
         Figure("restore, new process / limit (preadv)", medians["cache"] / medians["limit"], "x", 2.0),
         Figure(
@@ -354,6 +368,10 @@ def bench_restore(shape_name: str, runs: int, directory: Path) -> list[Figure]:
         Figure("restore: peak memory / restored bytes, nothing kept", peaks["cache, nothing kept"], "x", 1.1),
         Figure("restore: peak memory / restored + kept bytes", peaks["cache"] / 2, "x", 1.1),
     ]
+    if DROPPED_WAYS:
+        cache_s, dd_s = (medians[way] for way in DROPPED_WAYS)
+        figures.append(Figure("restore, page cache dropped / dd", cache_s / dd_s, "x", 1.15))
+    return figures
 
 
 # store

@@ -7,11 +7,13 @@ can then be trusted where the times themselves can't.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import trange
@@ -53,6 +55,20 @@ def medians_in_turn(
             if run >= warm_up:
                 values[name].append(value)
     return {name: statistics.median(samples) for name, samples in values.items()}
+
+
+def drop_page_cache(paths: Sequence[Path]) -> bool:
+    """Have the system forget what it keeps of files; False where it can't be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    return True
 
 
 def print_report(**content: Any) -> None:

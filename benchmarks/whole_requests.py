@@ -35,7 +35,7 @@ from omlx_core.mlx_backend import mx
 
 import numpy as np
 from decode_rate import Decode, DecodeRate
-from harness import Figure, medians_in_turn, print_report, print_table, seconds
+from harness import Figure, drop_page_cache, medians_in_turn, print_report, print_table, seconds
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -129,20 +129,6 @@ def read_s(paths: Sequence[Path]) -> tuple[float, int]:
 
     read()
     return seconds(read), size_bytes
-
-
-def drop_page_cache(paths: Sequence[Path]) -> bool:
-    """Have the system forget what it keeps of files; False where it can't be asked to."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-    return True
 
 
 # TTFT

@@ -21,7 +21,8 @@ from omlx_core.state.cuda_memory import prefetch
 from omlx_core.state.protocols import Arrays
 from omlx_core.state.shared_memory import make_zeros
 
-# MLX's CUDA kernels reckon places in 32 bits (0.32): beyond 2**31 elements they read and write elsewhere.
+# MLX's kernels for strided copies reckon places in 32 bits (ml-explore/mlx#3836): beyond 2**31 elements of an array
+# they read and write elsewhere.
 _MAX_ELEMENTS = 2**30
 
 
