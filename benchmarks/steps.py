@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,24 +13,31 @@ import omlx_core.mlx_backend  # noqa: F401 - before mlx_lm
 
 from mlx_lm.generate import BatchGenerator
 
+from omlx_core.engine.sequential_batch import SequentialBatch
+
 
 @contextmanager
 def timed_steps() -> Iterator[list[tuple[float, float, int]]]:
-    """Record when each call of `BatchGenerator.next` begins and ends, and how many tokens it gives."""
+    """Record when each step of the batch, or of a lone answer, begins and ends, and how many tokens it gives."""
     calls: list[tuple[float, float, int]] = []
-    original = BatchGenerator.next
+    originals = {batch: batch.next for batch in (BatchGenerator, SequentialBatch)}
 
-    def timed(self: BatchGenerator) -> Any:
-        begin_s = time.perf_counter()
-        responses = original(self)
-        calls.append((begin_s, time.perf_counter(), len(responses[1])))
-        return responses
+    def timed(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def step(batch: Any) -> Any:
+            begin_s = time.perf_counter()
+            responses = original(batch)
+            calls.append((begin_s, time.perf_counter(), len(responses[1])))
+            return responses
 
-    BatchGenerator.next = timed
+        return step
+
+    for batch, original in originals.items():
+        batch.next = timed(original)
     try:
         yield calls
     finally:
-        BatchGenerator.next = original
+        for batch, original in originals.items():
+            batch.next = original
 
 
 def between_steps_us(calls: Sequence[tuple[float, float, int]], batch_size: int) -> float:
