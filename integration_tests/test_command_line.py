@@ -50,7 +50,7 @@ def test_documented_code_runs(run_python, sample_model, document, tmp_path, page
 
 @pytest.mark.timeout(1300)  # minutes on a busy machine
 def test_demo_reuses_its_context_from_everywhere_and_changes_no_answer(run_python, sample_model):
-    done = succeeded(run_python(COMMAND, "demo", "--model", sample_model, timeout_s=1200))
+    done = succeeded(run_python(COMMAND, "demo", "--model", sample_model, "--sections", "2", timeout_s=1200))
     assert "Every answer equals the one without a cache." in done.stdout
     rows = re.findall(r"^  (L.*?)  +([\d,]+) +([\d,]+) +([\d,]+) .* yes$", done.stdout, re.MULTILINE)
     reused = [(asked_by, from_ram != "0", from_ssd != "0") for asked_by, _, from_ram, from_ssd in rows]

@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
     demo.add_argument("--model", help="a folder or a repository id (default: the sample model)")
+    demo.add_argument(
+        "--sections",
+        type=int,
+        default=6,
+        metavar="N",
+        help="how many sections of the documentation are the context (default: 6)",
+    )
     _add_cache_flags(demo)
 
     bench = commands.add_parser(
@@ -241,7 +248,7 @@ def _demo(args: argparse.Namespace) -> int:
             f"the demo needs the package {exc.name!r}, which isn't installed: pip install 'omlx-plugins[all]'"
         ) from exc
 
-    return run(model=args.model, cache_options=_cache_options(args))
+    return run(model=args.model, num_sections=args.sections, cache_options=_cache_options(args))
 
 
 def _bench(args: argparse.Namespace) -> int:

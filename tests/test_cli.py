@@ -307,8 +307,13 @@ def test_demo_gets_the_model_and_the_given_cache_flags(monkeypatch):
     module.run = lambda **options: given.append(options) or 0
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["demo", "--hot-cache-max-size", "1GB"]) == 0
-    assert main(["demo", "--model", "some/model"]) == 0
+    assert main(["demo", "--model", "some/model", "--sections", "2"]) == 0
     assert given == [
-        {"model": None, "cache_options": {"hot_cache_max_size": "1GB"}},
-        {"model": "some/model", "cache_options": {}},
+        {"model": None, "num_sections": 6, "cache_options": {"hot_cache_max_size": "1GB"}},
+        {"model": "some/model", "num_sections": 2, "cache_options": {}},
     ]
+
+
+def test_demo_wants_a_context(capsys):
+    assert main(["demo", "--sections", "0"]) == 2
+    assert "--sections 0: give at least 1" in capsys.readouterr().err

@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from omlx_core import CacheSettings
 from omlx_core.engine.shared import close_shared_engines
-from omlx_core.errors import EngineError
+from omlx_core.errors import EngineError, InvalidParameterError
 from omlx_core.model.sample_model import ensure_sample_model
 from omlx_plugins.demo.ask import INSTRUCTION, MAX_TOKENS, Answer, Question, ask
 from omlx_plugins.demo.corpus import Bm25Index, LangChainBm25Retriever, LlamaIndexBm25Retriever, load_sections
 from omlx_plugins.llama_index import OMLX
 
 TOPIC = "How are keys and values cached in blocks, in RAM and on SSD, and how does a request reuse them?"
-NUM_SECTIONS = 6
 LANGCHAIN_QUESTIONS = (
     "What is a block's name made of?",
     "Which block does the hot tier evict first?",
@@ -52,35 +51,41 @@ class Row:
         return self.answer.text == self.uncached.text
 
 
-def run(*, model: str | None, cache_options: Mapping[str, Any]) -> int:
+def run(*, model: str | None, num_sections: int, cache_options: Mapping[str, Any]) -> int:
     """Run the demonstration.
 
     Args:
         model: a folder or a repository id; None is the sample model.
+        num_sections: how many sections of the documentation are the context.
         cache_options: keyword arguments of `CacheSettings`. Without a folder for the SSD tier a temporary one is
             used, so that the demonstration starts cold.
 
     Returns:
         The exit status: 0 if every answer equals the one of an engine without a cache, else 1.
+
+    Raises:
+        InvalidParameterError: no section makes no context.
     """
+    if num_sections < 1:
+        raise InvalidParameterError(f"--sections {num_sections}: give at least 1")
     _say("Model")
     model = model or str(ensure_sample_model())
     print(f"  {Path(model).name}")
     with tempfile.TemporaryDirectory(prefix="omlx-demo-") as folder:
         options = {name: str(value) for name, value in {"paged_ssd_cache_dir": folder, **cache_options}.items()}
         try:
-            rows = _ask_everywhere(model, options)
+            rows = _ask_everywhere(model, num_sections, options)
         finally:
             close_shared_engines()
     _print_table(rows)
     return 0 if all(row.is_equal for row in rows) else 1
 
 
-def _ask_everywhere(model: str, options: Mapping[str, str]) -> list[Row]:
+def _ask_everywhere(model: str, num_sections: int, options: Mapping[str, str]) -> list[Row]:
     _say(f"Retrieval: {TOPIC}")
     index = Bm25Index(load_sections())
-    documents = LangChainBm25Retriever(index=index, count=NUM_SECTIONS).invoke(TOPIC)
-    nodes = LlamaIndexBm25Retriever(index, NUM_SECTIONS).retrieve(TOPIC)
+    documents = LangChainBm25Retriever(index=index, count=num_sections).invoke(TOPIC)
+    nodes = LlamaIndexBm25Retriever(index, num_sections).retrieve(TOPIC)
     context = "\n\n".join(document.page_content for document in documents)
     print(f"  {len(documents)} of {len(index.sections)} sections, {len(context):,} characters: the shared context")
 
