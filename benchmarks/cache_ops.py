@@ -39,7 +39,7 @@ from pathlib import Path
 from omlx_core.mlx_backend import mx
 
 import numpy as np
-from harness import Figure, drop_page_cache, medians_in_turn, print_report, print_table, seconds
+from harness import CAN_DROP_PAGE_CACHE, Figure, drop_page_cache, medians_in_turn, print_report, print_table, seconds
 from mlx_lm.models.cache import KVCache, LRUPromptCache, load_prompt_cache, save_prompt_cache
 
 from omlx_core.cache.block_hash import BlockHash, hash_namespace
@@ -55,7 +55,7 @@ APPENDED_TOKENS = 32
 NAMESPACE_FACTS = {"benchmark": "cache_ops"}
 NAMESPACE = hash_namespace(NAMESPACE_FACTS)
 WAIT_S = 600.0
-DROPPED_WAYS = ("cache, dropped", "dd, dropped") if hasattr(os, "posix_fadvise") else ()
+DROPPED_WAYS = ("cache, dropped", "dd, dropped") if CAN_DROP_PAGE_CACHE else ()
 RESTORE_WAYS = ("cache", "cache, nothing kept", "mlx-lm", "limit", *DROPPED_WAYS)
 _DD_BYTES = 4 * 2**20
 

@@ -20,6 +20,7 @@ from tqdm import trange
 
 from omlx_core.environment import describe_environment
 
+CAN_DROP_PAGE_CACHE = hasattr(os, "posix_fadvise")
 ENVIRONMENT = describe_environment()  # taken before anything is measured: its load is what else the machine does
 
 
@@ -57,10 +58,8 @@ def medians_in_turn(
     return {name: statistics.median(samples) for name, samples in values.items()}
 
 
-def drop_page_cache(paths: Sequence[Path]) -> bool:
-    """Have the system forget what it keeps of files; False where it can't be asked to."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
+def drop_page_cache(paths: Sequence[Path]) -> None:
+    """Have the system forget what it keeps of files, if it `CAN_DROP_PAGE_CACHE`."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -68,7 +67,6 @@ def drop_page_cache(paths: Sequence[Path]) -> bool:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-    return True
 
 
 def print_report(**content: Any) -> None:

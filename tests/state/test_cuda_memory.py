@@ -97,7 +97,7 @@ def test_a_block_that_was_read_is_sent_whole(monkeypatch):
     layers = [filled_layer(2 * BLOCK_SIZE, value_dim=4)]
     codec = PromptStateCodec(layers, BLOCK_SIZE)
     payload = capture(codec, layers, 2)[1]
-    buffers = codec.allocate(dict.fromkeys([1], payload.layout), capacity=2 * BLOCK_SIZE)
+    buffers = codec.allocate({1: payload.layout}, capacity=2 * BLOCK_SIZE)
     buffers.prepare(1)
     buffers.complete(1)
     assert sum(sent) == payload.size_bytes

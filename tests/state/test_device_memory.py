@@ -10,7 +10,7 @@ from tiny_prompts import BLOCK_SIZE, tokens
 from omlx_core import CacheSettings, Engine
 from omlx_core.state import prompt_state
 from omlx_core.state.arrays import DeviceCopy, to_payloads
-from omlx_core.state.packed_blocks import PackedRows
+from omlx_core.state.packed_blocks import PackedTensor
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_answers_are_the_same_from_ram_and_ssd(make, device_memory, tmp_path):
             sources = [tensor.source for tensor in tensors]
             assert {type(source) for source in sources} == {DeviceCopy}
             # All that was read, windows and checkpoints as well as rows, is in the few arrays that it was read to.
-            assert not has_read or {type(tensor.array) for tensor in tensors} == {PackedRows}
+            assert not has_read or {type(tensor.array) for tensor in tensors} == {PackedTensor}
             assert {source._copy for source in sources} == {None}
     assert device_memory[True] > 0
     assert device_memory[False] == 0

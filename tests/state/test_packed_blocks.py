@@ -9,7 +9,7 @@ from omlx_core.cache.parts import PrefixContent
 from omlx_core.cache.payload import InPlace
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state import packed_blocks, prompt_state
-from omlx_core.state.packed_blocks import PackedBlocks, PackedRows, join_packed
+from omlx_core.state.packed_blocks import PackedBlocks, PackedTensor, join_packed
 from omlx_core.state.prompt_state import PromptStateCodec
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
@@ -81,7 +81,7 @@ def test_hot_and_cold_blocks_come_together_bit_for_bit_and_cold_ones_are_kept(dt
     assert not content.in_place
     for payload, original in zip(content.rows, payloads, strict=True):
         assert payload.layout == original.layout
-        assert all(isinstance(tensor.array, PackedRows) for tensor in payload.tensors.values())
+        assert all(isinstance(tensor.array, PackedTensor) for tensor in payload.tensors.values())
     again, _ = codec.restore(PrefixContent(content.rows, {}), num_tokens=80, capacity=100)
     assert_same(again, layers, 80)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.parts import PartKey, PrefixContent
-from omlx_core.cache.payload import BlockBuffers, LoadedBlock
+from omlx_core.cache.payload import BlockBuffers, LoadedBlock, Place
 
 Content = LoadedBlock | Future[LoadedBlock | None]
 
@@ -45,6 +45,15 @@ class PendingRestore:
         cold = {position for position, content in enumerate(self.rows) if isinstance(content, Future)}
         cold |= {key.position for key, content in self.parts.items() if isinstance(content, Future)}
         return len(self.table.blocks) - len(cold & set(range(len(self.table.blocks))))
+
+    def read_of(self, place: Place) -> Future[LoadedBlock | None] | None:
+        """The read that gets the block of a place, done or not; None if there is none."""
+        content: Content | None = None
+        if isinstance(place, PartKey):
+            content = self.parts.get(place)
+        elif isinstance(place, int) and place < len(self.rows):
+            content = self.rows[place]
+        return content if isinstance(content, Future) else None
 
     def is_ready(self) -> bool:
         """Whether `TieredCache.finish_restore` would return without waiting."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from omlx_core.cache.block_hash import BlockHash
@@ -21,7 +21,7 @@ from omlx_core.cache.block_table import BlockTable
 from omlx_core.cache.events import EventBus, Listener
 from omlx_core.cache.neighbour import Neighbour
 from omlx_core.cache.paged_cache import HotCacheStats, PagedCacheManager
-from omlx_core.cache.parts import PARTS, ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
+from omlx_core.cache.parts import ROWS, WINDOW, Part, PartKey, PrefixContent, hash_part
 from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, Place, layout_size_bytes
 from omlx_core.cache.pending_restore import Content, PendingRestore, is_lost, lost
 from omlx_core.cache.pins import Needs, PinnedPrefix, PinnedPrefixes
@@ -168,12 +168,18 @@ class TieredCache:
         buffers = earlier.buffers if earlier is not None else None
         if buffers is None and allocate is not None and (unread := self._unread(table)):
             buffers = allocate(unread)
-        rows = [self._rows(table, position, buffers, earlier) for position in range(len(table.blocks))]
-        parts = {key: self._part(block, key, buffers, earlier) for key, block in table.parts.items()}
+        rows = [
+            self._content(block, position, table.tokens[position], buffers, earlier)
+            for position, block in enumerate(table.blocks)
+        ]
+        parts = {key: self._content(block, key, (), buffers, earlier) for key, block in table.parts.items()}
         if self._ssd is not None:
             # What was evicted there but is still in RAM is written again: a chain that lives in RAM alone could never
             # be continued on SSD, where a child is written only after its parent.
             table.unsaved_parts.update(table.parts)
+            # What isn't in RAM was just found there: to ask again, beside the reads, takes as long as some of them.
+            in_ram = (position for position, block in enumerate(table.blocks) if block.payload is not None)
+            table.num_saved = next(in_ram, len(table.blocks))
             self._hand_over(table, self._ssd)
             used = [*table.blocks, *table.parts.values()]
             self._ssd.touch([block.block_hash for block in used if block.block_hash is not None])
@@ -369,25 +375,18 @@ class TieredCache:
         self._unsaved.clear()
         self._paged.close()
 
-    def _rows(
-        self, table: BlockTable, position: int, buffers: BlockBuffers | None, earlier: PendingRestore | None
-    ) -> Content:
-        if earlier is not None and position < len(earlier.rows) and isinstance(earlier.rows[position], Future):
-            return earlier.rows[position]
-        block = table.blocks[position]
-        return self._content(block, position, table.tokens[position], buffers)
-
-    def _part(
-        self, block: CacheBlock, key: PartKey, buffers: BlockBuffers | None, earlier: PendingRestore | None
-    ) -> Content:
-        if earlier is not None and isinstance(earlier.parts.get(key), Future):
-            return earlier.parts[key]
-        return self._content(block, key, (), buffers)
-
     def _content(
-        self, block: CacheBlock, place: Place, token_ids: Sequence[int], buffers: BlockBuffers | None
+        self,
+        block: CacheBlock,
+        place: Place,
+        token_ids: Sequence[int],
+        buffers: BlockBuffers | None,
+        earlier: PendingRestore | None,
     ) -> Content:
-        """What a block holds, or the read that gets it."""
+        """What a block holds, or the read that gets it: that of an earlier match, if there is one."""
+        read = None if earlier is None else earlier.read_of(place)
+        if read is not None:
+            return read
         if block.payload is not None:
             return block.payload
         if self._ssd is None or self._readers is None or block.block_hash is None:
@@ -402,25 +401,25 @@ class TieredCache:
 
         All rows of a model have one, as a rule, and so has each other part: that of the first one stands for all.
         """
-        places: dict[Place, BlockLayout] = {}
+        unread: dict[Place, BlockLayout] = {}
         if self._ssd is None or not self._ssd.reads_in_place:
-            return places
-        blocks_of_parts: dict[Part, dict[Place, CacheBlock]] = {ROWS: dict(enumerate(table.blocks))}
-        for part in PARTS:
-            blocks_of_parts[part] = {key: block for key, block in table.parts.items() if key.part == part}
-        for part, blocks in blocks_of_parts.items():
-            unread = [place for place, block in blocks.items() if block.payload is None]
-            layout = self._find_layout(part, list(blocks.values()), self._ssd) if unread else None
-            if layout is not None:
-                places.update(dict.fromkeys(unread, layout))
-        return places
+            return unread
+        layouts: dict[Part, BlockLayout | None] = {}
+        places: list[tuple[Place, CacheBlock]] = [*enumerate(table.blocks), *table.parts.items()]
+        for place, block in places:
+            if block.part not in layouts:
+                layouts[block.part] = self._find_layout(block, self._ssd)
+            layout = layouts[block.part]
+            if block.payload is None and layout is not None:
+                unread[place] = layout
+        return unread
 
-    def _find_layout(self, part: Part, blocks: Sequence[CacheBlock], ssd: PagedSSDCacheManager) -> BlockLayout | None:
-        if blocks[0].payload is not None:
-            return blocks[0].payload.layout
-        if part in self._layouts or blocks[0].block_hash is None:
-            return self._layouts.get(part)
-        return ssd.read_layout(blocks[0].block_hash)  # not kept: only a whole file is verified
+    def _find_layout(self, block: CacheBlock, ssd: PagedSSDCacheManager) -> BlockLayout | None:
+        if block.payload is not None:
+            return block.payload.layout
+        if block.part in self._layouts or block.block_hash is None:
+            return self._layouts.get(block.part)
+        return ssd.read_layout(block.block_hash)  # not kept: only a whole file is verified
 
     def _remember_layouts(self, content: PrefixContent) -> None:
         """As verified files have them."""
@@ -434,17 +433,17 @@ class TieredCache:
         """Have the SSD tier take in hand what it lacks of a table's published blocks, in order.
 
         Returns:
-            False if its queue is full now, so that trying again makes sense. What it refuses for another reason ends
-            the chain there.
+            False if its queue is full now, so that trying again makes sense. What it refuses for another reason, or
+            what is no longer in RAM, ends the chain there.
         """
         while table.num_saved < table.num_committed:
             position = table.num_saved
             block = table.blocks[position]
             if block.block_hash is None:
                 raise CacheInvariantError(f"block {position} of {table.num_committed} published ones has no hash")
-            # What isn't in RAM came from there. To ask again, beside the reads that `match` has begun, takes long; and
-            # should it be lost, what follows is refused for want of its parent.
-            if block.payload is not None and not ssd.has_block(block.block_hash):
+            if not ssd.has_block(block.block_hash):
+                if block.payload is None:
+                    return True
                 parent_hash = table.blocks[position - 1].block_hash if position else None
                 if not self._save(ssd, block.block_hash, parent_hash, table.tokens[position], block.payload):
                     return ssd.stats().queued_blocks == 0

@@ -183,7 +183,7 @@ class SequentialBatch:
     def _drop(self, uid: int) -> None:
         self._forget(self._sequences.pop(uid))
 
-    def _step(self, uid: int, sequence: DecodingSequence) -> Any:
+    def _step(self, uid: int, sequence: DecodingSequence) -> Response:
         if sequence.next_logprobs is None:
             self._advance(sequence)  # the prompt's last token gives the answer's first
             token = int(sequence.next_token.item())

@@ -104,7 +104,7 @@ class SpeculativeBatch(SequentialBatch):
             self._catch_up(self._sequences[uid])
         return super().extract_cache(uids)
 
-    def _step(self, uid: int, sequence: DecodingSequence) -> Any:
+    def _step(self, uid: int, sequence: DecodingSequence) -> Response:
         response = super()._step(uid, sequence)
         if response.finish_reason is not None:
             self._catch_up(sequence)

@@ -27,7 +27,7 @@ _MAX_ELEMENTS = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows:
+class PackedTensor:
     """The tensor of one name, among others: `BlockTensor.array` on a GPU."""
 
     packed: mx.array
@@ -61,9 +61,10 @@ class PackedCopies:
 
     def _copy_from(self, start: int, block_size: int) -> None:
         groups = _groups({name: (a.shape[1], a.shape[3], a.dtype) for name, a in self._arrays.items()})
-        per_token = [len(names) * self._arrays[names[0]].shape[1] * self._arrays[names[0]].shape[3] for names in groups]
-        most_blocks = max(1, _MAX_ELEMENTS // (max([1, *per_token]) * block_size))
-        num_blocks = min((self._num_tokens - start) // block_size, most_blocks)
+        num_blocks = (self._num_tokens - start) // block_size
+        for names in groups:
+            _, heads, _, size = self._arrays[names[0]].shape
+            num_blocks = min(num_blocks, _most_at_once(len(names) * heads * block_size * size))
         stop = start + num_blocks * block_size
         stacks = [mx.stack([self._arrays[name][0, :, start:stop] for name in names]) for names in groups]
         made: list[mx.array] = []
@@ -151,7 +152,7 @@ def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx
     Raises:
         CacheInvariantError: a block is of another layout than the first.
     """
-    if not all(isinstance(tensor.array, PackedRows) for payload in payloads for tensor in payload.tensors.values()):
+    if not all(isinstance(tensor.array, PackedTensor) for payload in payloads for tensor in payload.tensors.values()):
         return None
     for number, payload in enumerate(payloads):
         if payload.layout != payloads[0].layout:
@@ -160,14 +161,18 @@ def join_packed(payloads: Sequence[BlockPayload], capacity: int) -> dict[str, mx
     for names in _groups_of(payloads[0].layout):
         packed = [payload.tensors[names[0]].array.packed for payload in payloads]
         _, heads, block_size, size = packed[0].shape
-        per_name = max(1, heads * capacity * size)
-        for at in range(0, len(names), step := max(1, _MAX_ELEMENTS // per_name)):
-            pieces = [array[at : at + step] for array in packed]
-            room = mx.zeros((pieces[0].shape[0], heads, capacity - len(packed) * block_size, size), packed[0].dtype)
-            whole = mx.concatenate([*pieces, room], axis=2)
-            some = enumerate(names[at : at + step])
-            arrays.update({name: mx.contiguous(whole[index : index + 1]) for index, name in some})
+        num_at_once = _most_at_once(heads * capacity * size)
+        for at in range(0, len(names), num_at_once):
+            some = names[at : at + num_at_once]
+            room = mx.zeros((len(some), heads, capacity - len(packed) * block_size, size), packed[0].dtype)
+            whole = mx.concatenate([*(array[at : at + num_at_once] for array in packed), room], axis=2)
+            arrays.update({name: mx.contiguous(whole[index : index + 1]) for index, name in enumerate(some)})
     return arrays
+
+
+def _most_at_once(num_elements: int) -> int:
+    """How many pieces of so many elements one array may have; never less than one."""
+    return max(1, _MAX_ELEMENTS // max(1, num_elements))
 
 
 def _groups_of(layout: BlockLayout) -> list[list[str]]:
@@ -193,6 +198,6 @@ def _payload(
         size_bytes = whole.nbytes // len(names)
         for index, name in enumerate(names):
             source = DeviceCopy(whole, index * size_bytes, size_bytes, copy, copy_start + index * size_bytes)
-            tensors[name] = BlockTensor(name_of(array.dtype), shape, source, PackedRows(array, index))
+            tensors[name] = BlockTensor(name_of(array.dtype), shape, source, PackedTensor(array, index))
         copy_start += whole.nbytes
     return BlockPayload(tensors)

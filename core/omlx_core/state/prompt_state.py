@@ -13,7 +13,7 @@ from omlx_core.cache.payload import BlockBuffers, BlockLayout, BlockPayload, Loa
 from omlx_core.errors import CacheInvariantError
 from omlx_core.state.arrays import to_payloads, with_arrays
 from omlx_core.state.handlers import find_handler, leaves_of, rebuild
-from omlx_core.state.packed_blocks import PackedBlocks, PackedCopies, PackedRows, join_packed
+from omlx_core.state.packed_blocks import PackedBlocks, PackedCopies, PackedTensor, join_packed
 from omlx_core.state.protocols import AdoptingHandler, Arrays, CheckpointHandler, Handler, RowHandler
 from omlx_core.state.registry import class_name
 from omlx_core.state.row_arrays import RowArrays
@@ -322,7 +322,7 @@ class _Fetch:
 
 def _split(payload: BlockPayload) -> dict[str, Arrays]:
     arrays = {name: tensor.array for name, tensor in payload.tensors.items()}
-    return _by_path({name: each.get() if isinstance(each, PackedRows) else each for name, each in arrays.items()})
+    return _by_path({name: each.get() if isinstance(each, PackedTensor) else each for name, each in arrays.items()})
 
 
 def _by_path(arrays: Arrays) -> dict[str, Arrays]:
